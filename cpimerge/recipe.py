@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from .errors import RecipeError
 from .recipe_schema import (
-    KEYS_OF_A_MODEL,
     BACKBONE_WORDS,
+    KEYS_OF_A_MODEL,
     Conflict,
     Document,
     Dtype,

@@ -1,0 +1,82 @@
+"""What a run needs in memory, and how a memory budget is kept. All sizes in bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from .errors import ResourceError
+
+__all__ = ["Budget", "format_size", "parse_size", "usable_threads"]
+
+MB = 1_000_000
+# The interpreter with torch, numba and numpy loaded and kernels compiled; measured, see `make memory` in benchmarks.
+RUNTIME_BYTES = 260 * MB
+DEFAULT_SHARED_BYTES = 400 * MB
+DEFAULT_THREAD_BYTES = 64 * MB
+UNITS = {"B": 1, "KB": 1000, "MB": MB, "GB": 1000 * MB, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(text: str | int) -> int:
+    """`512MB`, `2 GiB` or plain bytes → bytes. Raises ValueError saying what is accepted."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)?\s*", str(text), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write it like 512MB or 2GiB")
+    return int(float(match[1]) * UNITS[(match[2] or "B").upper()])
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten: `1.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.95:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def usable_threads() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Threads, and the bytes of whole tensors that each may keep beside its chunk buffers."""
+
+    threads: int
+    cache_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def divide(cls, chunk_bytes: int, threads: int | None, memory: int | str | None) -> Budget:
+        """Divide `memory` (bytes in all; default 400 MB + 64 MB a thread) among the threads.
+
+        `chunk_bytes` is what each thread needs at least. Raises ResourceError where the budget cannot hold that.
+        """
+        threads = usable_threads() if threads is None else threads
+        if threads < 1:
+            raise ResourceError(f"threads: at least 1 is needed, got {threads}")
+        least = RUNTIME_BYTES + threads * chunk_bytes
+        total = max(least, DEFAULT_SHARED_BYTES + threads * DEFAULT_THREAD_BYTES)
+        if memory is not None:
+            total = _size(memory)
+        if total < least:
+            raise ResourceError(
+                f"memory: {format_size(total)} is too little for {threads} threads and this many models: "
+                f"at least {format_size(least)} is needed. {_way_out(threads, chunk_bytes)}"
+            )
+        return cls(threads, (total - least) // threads, total)
+
+
+def _size(memory: int | str) -> int:
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise ResourceError(f"memory: {error}") from error
+
+
+def _way_out(threads: int, chunk_bytes: int) -> str:
+    if threads == 1:
+        return "Raise the budget"
+    return f"Raise it, or use one thread ({format_size(RUNTIME_BYTES + chunk_bytes)})"

@@ -1,0 +1,134 @@
+"""From the Gram matrices of the read to the coefficients of the plan.
+
+The order of the fold is only known when all overlaps are, and under granularity row there are too many matrices to
+hold. So they wait in a file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .blend import Fold, fold, shares
+from .plan_file import COEFFICIENTS_FILE, Blend
+from .preflight import Inputs, TensorSpec
+from .stream import row_count
+
+__all__ = ["Folder", "GramSpool"]
+
+SLAB_ROWS = 1 << 12
+
+Gram = npt.NDArray[np.float64]
+
+
+class GramSpool:
+    """Appends Gram matrices float64 [R, P] to a nameless file, and reads them back a slab of rows at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - lives as long as the spool
+        self._open: Gram | None = None  # its last row may go on in the next chunk
+        self._written = 0
+        self._pairs = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows added so far."""
+        return self._written + (0 if self._open is None else len(self._open))
+
+    def add(self, gram: Gram, opens_row: bool) -> None:
+        """Append rows; with `opens_row` false, the one row given is added to the last row instead."""
+        if not opens_row and self._open is not None:
+            self._open[-1] += gram[0]
+            return
+        self._flush()
+        self._open = gram
+
+    def read(self, first: int, count: int) -> Iterator[Gram]:
+        """Rows [first, first + count), in slabs float64 [≤ SLAB_ROWS, P]."""
+        self._flush()
+        for begin in range(first, first + count, SLAB_ROWS):
+            rows = min(SLAB_ROWS, first + count - begin)
+            self._file.seek(begin * self._pairs * 8)
+            yield np.frombuffer(self._file.read(rows * self._pairs * 8)).reshape(rows, self._pairs)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._open is not None:
+            self._pairs = self._open.shape[1]
+            self._file.seek(0, 2)
+            self._file.write(self._open.tobytes())
+            self._written += len(self._open)
+            self._open = None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Folds each tensor's vectors in the order of `members`, the backbone first."""
+
+    inputs: Inputs
+    grams: GramSpool
+    first_row: Mapping[str, int]
+    members: Sequence[str]
+
+    def fold_all(self, tensors: Iterable[TensorSpec], directory: Path) -> tuple[dict[str, Blend], str | None]:
+        """The blend of each tensor by name; under granularity row also coefficients.npy, and its xxh3-128."""
+        if self.inputs.recipe.granularity == "tensor":
+            return {spec.name: self._tensor(spec) for spec in tensors}, None
+        digest = xxhash.xxh3_128()
+        blends = {}
+        ordered = sorted(tensors, key=lambda spec: self.first_row.get(spec.name, 0))
+        shape = (self.grams.rows, len(self.members))
+        with open(directory / COEFFICIENTS_FILE, "xb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for spec in ordered:
+                folds = []
+                for part in self._folds(spec):
+                    data = np.ascontiguousarray(part.coefficients, "<f4").tobytes()
+                    file.write(data)
+                    digest.update(data)
+                    folds.append(Fold(part.coefficients[:0], part.angles, part.slerped))
+                blends[spec.name] = _row_blend(folds)
+        return blends, digest.hexdigest()
+
+    def _tensor(self, spec: TensorSpec) -> Blend:
+        for part in self._folds(spec):
+            angles = np.degrees(part.angles[0])
+            return Blend(
+                coefficients=part.coefficients[0].tolist(),
+                angles=[None if np.isnan(angle) else float(angle) for angle in angles],
+                steps=angles.size,
+                slerped=int(part.slerped.sum()),
+            )
+        return Blend(coefficients=[0.0] * len(self.members), angles=[], steps=0, slerped=0)  # an empty tensor
+
+    def _folds(self, spec: TensorSpec) -> Iterator[Fold]:
+        recipe = self.inputs.recipe
+        numbers = {task.name: number for number, task in enumerate(recipe.tasks)}
+        gram_names = self.inputs.names[self.inputs.first_member :]
+        order = [gram_names.index(member) for member in self.members]
+        tasks = [numbers.get(member) for member in self.members]  # None: a backbone that is no task counts as 1
+        weights = [Fraction(1) if task is None else spec.weight[task] for task in tasks]
+        omegas = shares(weights, [None if task is None else spec.t[task] for task in tasks])
+        rows = row_count(spec.shape, recipe.granularity)
+        for gram in self.grams.read(self.first_row.get(spec.name, 0), rows):
+            yield fold(gram, order, omegas, float(recipe.rest))
+
+
+def _row_blend(folds: Sequence[Fold]) -> Blend:
+    """Summary of many rows: the smallest, mean and largest angle, and how many steps were slerp."""
+    angles = np.degrees(np.concatenate([part.angles.ravel() for part in folds])) if folds else np.empty(0)
+    steps = angles.size
+    angles = angles[~np.isnan(angles)]
+    summary = [float(angles.min()), float(angles.mean()), float(angles.max())] if angles.size else []
+    slerped = sum(int(part.slerped.sum()) for part in folds)
+    return Blend(coefficients=None, angles=list(summary), steps=steps, slerped=slerped)

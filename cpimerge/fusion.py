@@ -1,0 +1,233 @@
+"""`fuse`: obeys a plan in one streamed pass: every tensor is a blend of a few vectors, with cores written over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from . import kernels
+from .analysis import content_hash
+from .budget import Budget
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .companions import write_companions
+from .cores import CoreReader
+from .errors import CheckpointError, IncompatibleError, PlanError
+from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan
+from .stream import EXPONENT, Bytes, Chunk, Floats, Progress, Workers, bits_of, chunks, decode, encode, workers
+from .transplant import Bits, Claim, transplant
+from .writer import ShardLayout, ShardWriter, shard_layouts, staged_directory
+
+__all__ = ["fuse_plan", "open_inputs"]
+
+PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def fuse_plan(plan: Plan, plan_dir: Path, out: Path, budget: Budget, force: bool, progress: Progress) -> dict[str, Any]:
+    """Write the fused checkpoint `out`; returns its manifest.
+
+    Raises PlanError where the plan is damaged or an input changed since, IncompatibleError where a result does not
+    fit the output dtype, OutputError where `out` cannot be written. Whatever is raised, nothing appears under `out`.
+    """
+    checkpoints = open_inputs(plan)
+    layouts = shard_layouts(tensor.output for tensor in plan.tensors)
+    forbidden = [plan_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
+    threads = workers(budget.threads, len(checkpoints))
+    with staged_directory(out, force, forbidden) as directory, threads as pool:
+        fusion = _Fusion(plan, plan_dir, checkpoints, pool, progress)
+        sha256 = {layout.filename: fusion.write_shard(layout, directory) for layout in layouts}
+        return write_companions(plan, plan_dir, checkpoints["base"].path, directory, layouts, sha256)
+
+
+def open_inputs(plan: Plan) -> dict[str, Checkpoint]:
+    """Every checkpoint of the plan by name. Raises PlanError naming all that is gone or changed since."""
+    checkpoints: dict[str, Checkpoint] = {}
+    changed: list[str] = []
+    for planned in plan.inputs:
+        try:
+            checkpoint = open_checkpoint(Path(planned.path))
+        except CheckpointError as error:
+            changed.extend(error.problems)
+            continue
+        checkpoints[planned.name] = checkpoint
+        now = {shard.file.name: (shard.size, shard.header_xxh3) for shard in checkpoint.shards}
+        then = {shard.file: (shard.size, shard.header_xxh3) for shard in planned.shards}
+        differing = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
+        changed.extend(f"{checkpoint.path / file}: {_change(now.get(file), then.get(file))}" for file in differing)
+    if changed:
+        raise PlanError([*changed, PLAN_AGAIN])
+    base = {name: list(info.shape) for name, info in checkpoints["base"].tensors.items()}
+    if {tensor.name: tensor.shape for tensor in plan.tensors} != base:
+        raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
+    return checkpoints
+
+
+def _change(now: tuple[int, str] | None, then: tuple[int, str] | None) -> str:
+    if now is None or then is None:
+        return "not there when planned" if then is None else "gone since it was planned"
+    if now[0] != then[0]:
+        return f"{now[0]} bytes, was {then[0]} when planned"
+    return "its header changed since it was planned"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One chunk of one tensor; `number` counts the tensor's chunks."""
+
+    tensor: TensorPlan
+    chunk: Chunk
+    number: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The chunk's output bytes, and the xxh3-64 of what was read for it, by checkpoint."""
+
+    job: _Job
+    data: Bytes
+    digests: dict[str, int]
+
+
+class _Fusion:
+    """Fuses chunks on the workers and writes them in order."""
+
+    def __init__(
+        self, plan: Plan, plan_dir: Path, checkpoints: Mapping[str, Checkpoint], pool: Workers, progress: Progress
+    ) -> None:
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.pool = pool
+        self.progress = progress
+        self.cores = {task.name: CoreReader(plan_dir / task.core_file, task.core_xxh3) for task in plan.tasks}
+        self.rows = _row_coefficients(plan, plan_dir)
+        settings = plan.settings
+        base_needed = settings.space == "delta" or settings.conflict in ("largest", "elect")
+        self.sources = plan.fold if "base" in plan.fold or not base_needed else [*plan.fold, "base"]
+        self.total = plan.output_bytes
+        self.done = 0
+
+    def write_shard(self, layout: ShardLayout, directory: Path) -> str:
+        """Fuse and write one shard; returns its sha256."""
+        seen: dict[str, list[int]] = {}
+        with closing(ShardWriter(directory / layout.filename, layout.header())) as writer:
+            for fused in self.pool.map(self._fuse, self._jobs(layout)):
+                for name, digest in fused.digests.items():
+                    seen.setdefault(name, []).append(digest)
+                if fused.job.last:
+                    self._check_unchanged(fused.job.tensor, seen)
+                    seen = {}
+                writer.append(memoryview(fused.data))
+                self.done += fused.data.nbytes
+                self.progress("fuse", self.done, self.total)
+            return writer.finish()
+
+    def _jobs(self, layout: ShardLayout) -> Iterator[_Job]:
+        tensors = {tensor.name: tensor for tensor in self.plan.tensors}
+        for output in layout.tensors:
+            every = chunks(output.shape, self.plan.settings.granularity)
+            for number, chunk in enumerate(every):
+                yield _Job(tensors[output.name], chunk, number, number == len(every) - 1)
+
+    def _check_unchanged(self, tensor: TensorPlan, seen: Mapping[str, Sequence[int]]) -> None:
+        changed = [name for name, digests in seen.items() if content_hash(digests) != tensor.xxh3[name]]
+        if changed:
+            where = (
+                f"{self.checkpoints[name].path}: tensor {tensor.name!r}: changed since planned" for name in changed
+            )
+            raise PlanError([*where, "The inputs are not those that were planned: run `cpimerge plan` again"])
+
+    def _fuse(self, job: _Job) -> _Fused:
+        names = self.sources if job.tensor.action == "blend" else ["base"]
+        infos = [self.checkpoints[name].tensors[job.tensor.name] for name in names]
+        stored = self.pool.read(infos, job.chunk)
+        digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(names, stored, strict=True)}
+        blends = job.tensor.action == "blend"
+        data = self._blend(job, infos, stored) if blends else self._copy(job, infos[0], stored[0])
+        return _Fused(job, data.view(np.uint8), digests)
+
+    def _copy(self, job: _Job, info: TensorInfo, raw: Bytes) -> Bits:
+        if info.dtype == job.tensor.dtype:
+            return raw.copy()
+        values = self.pool.buffers.spare[: job.chunk.size]
+        decode(raw, info.dtype, values)
+        return self._finite(job, encode(values, job.tensor.dtype))
+
+    def _blend(self, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Bits:
+        """The chunk's blend with the cores over it, as bits of the output dtype."""
+        delta = self.plan.settings.space == "delta"
+        values = self._decode(infos, stored, job.chunk)
+        base = self.sources.index("base") if "base" in self.sources else None
+        members = values[: len(self.plan.fold)]
+        if delta:
+            origin = values[base].copy()
+            np.subtract(members, origin, out=members)
+        blended = self.pool.buffers.spare[: job.chunk.size]
+        kernels.blend(members, self._coefficients(job), min(job.chunk.row, job.chunk.size), blended)
+        if delta:
+            blended += origin
+            values = self._decode(infos, stored, job.chunk)
+        out = encode(blended, job.tensor.dtype)
+        claims = [self._claim(task, job, infos, stored, values) for task in self.plan.order]
+        transplant(out, claims, self.plan.settings.conflict, None if base is None else values[base], job.tensor.dtype)
+        return self._finite(job, out)
+
+    def _decode(self, infos: Sequence[TensorInfo], stored: Sequence[Bytes], chunk: Chunk) -> Floats:
+        """float32 [sources, n] in the calling worker's buffers."""
+        values = self.pool.buffers.values(len(stored), chunk.size)
+        for info, raw, row in zip(infos, stored, values, strict=True):
+            decode(raw, info.dtype, row)
+        return values
+
+    def _coefficients(self, job: _Job) -> Floats:
+        """float32 [R, V] for the rows that the chunk touches."""
+        blend = job.tensor.blend
+        if blend is not None and blend.coefficients is not None:
+            return np.array([blend.coefficients], np.float32)
+        first = job.tensor.first_row + job.chunk.start // job.chunk.row
+        return np.ascontiguousarray(self.rows[first : first + job.chunk.rows])
+
+    def _claim(
+        self, task: str, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes], values: Floats
+    ) -> Claim:
+        """The task's core in this chunk. Stored bits are taken as they are where the output has the same dtype."""
+        place = self.sources.index(task)
+        info = infos[place]
+        same = info.dtype == job.tensor.dtype
+        bits = bits_of(stored[place], info) if same else encode(values[place], job.tensor.dtype)
+        has_cores = job.tensor.tasks[task].core > 0
+        positions = self.cores[task].positions(job.tensor.first_chunk + job.number) if has_cores else NO_POSITIONS
+        return Claim(positions, values[place], bits)
+
+    def _finite(self, job: _Job, bits: Bits) -> Bits:
+        place = kernels.first_nonfinite(bits, EXPONENT[job.tensor.dtype])
+        if place >= 0:
+            raise IncompatibleError(
+                f"tensor {job.tensor.name!r}: flat index {job.chunk.start + place}: the result does not fit "
+                f"{DTYPE_NAMES[job.tensor.dtype]}. Set dtype: bfloat16 or float32 in the recipe"
+            )
+        return bits
+
+
+NO_POSITIONS = np.empty(0, np.uint32)
+
+
+def _row_coefficients(plan: Plan, plan_dir: Path) -> npt.NDArray[np.float32]:
+    """coefficients.npy, not loaded but mapped: float32 [rows, V]. Raises PlanError where it is not the plan's."""
+    if plan.coefficients_xxh3 is None:
+        return np.empty((0, len(plan.fold)), np.float32)
+    file = plan_dir / COEFFICIENTS_FILE
+    try:
+        rows: npt.NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
+        if xxhash.xxh3_128_hexdigest(rows) == plan.coefficients_xxh3:
+            return rows
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file}: cannot be read: {error}. Run `cpimerge plan` again") from error
+    raise PlanError(f"{file}: is not what the plan was saved with. Run `cpimerge plan` again")

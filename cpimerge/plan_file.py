@@ -1,0 +1,252 @@
+"""The plan directory: everything that `fuse` obeys, as files that a person can read, compare and edit.
+
+    plan.json           this module's `Plan`; a line for each tensor
+    cores/00.roaring    the core of the first task: a serialised Roaring bitmap (portable format) a chunk
+    cores/00.npy        where each of them begins: uint64 [chunks + 1], bytes
+    coefficients.npy    only for granularity row: float32 [rows, members], rows of all blended tensors in order
+
+Chunks and rows count through the tensors in the order of `Plan.tensors`; a tensor's first ones are in its entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .checkpoint import FLOAT_BYTES
+from .errors import PlanError
+from .writer import OutputTensor
+
+__all__ = ["Blend", "Input", "Pair", "Plan", "Settings", "ShardIdentity", "Task", "TaskTensor", "TensorPlan"]
+
+PLAN_FILE = "plan.json"
+COEFFICIENTS_FILE = "coefficients.npy"
+VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ShardIdentity(_Model):
+    """A file as it was when planned: size in bytes, xxh3-128 of its header, sha256 where the Hub cache names it."""
+
+    file: str
+    size: int
+    header_xxh3: str
+    sha256: str | None = None
+
+
+class Input(_Model):
+    """One checkpoint. `name`: "base", a task's name, or "backbone" where the recipe gives the backbone by path."""
+
+    name: str
+    path: str
+    shards: list[ShardIdentity]
+
+
+class Settings(_Model):
+    """The recipe's settings that `fuse` needs, as resolved. METHOD's names."""
+
+    space: Literal["weights", "delta"]
+    conflict: Literal["last", "first", "largest", "mean", "elect"]
+    granularity: Literal["tensor", "row"]
+    scope: Literal["tensor", "layer", "global"]
+    tau: float
+    rest: float
+
+
+class TaskTensor(_Model):
+    """One task's update of one tensor: counts of elements, and mean magnitudes in and out of the core."""
+
+    dtype: str  # the task's stored dtype, to read the counts by
+    changed: int  # m > 0
+    near: int  # m ≤ 1e-5
+    rounding: int  # m within half a unit in the last place of the base's dtype
+    core: int
+    sum_in: float
+    sum_out: float
+
+
+class Task(_Model):
+    """One task over the whole model; the counts are sums of `TaskTensor`'s over floating-point tensors."""
+
+    name: str
+    core_file: str
+    core_xxh3: str
+    elements: int
+    changed: int
+    near: int
+    rounding: int
+    core: int
+    mean_in: float
+    mean_out: float
+
+
+class Pair(_Model):
+    """How far two cores overlap. `layers`: Jaccard index by layer; `lift` is null where chance is 0."""
+
+    a: str
+    b: str
+    shared: int
+    union: int
+    jaccard: float
+    chance: float
+    lift: float | None
+    layers: dict[str, float]
+
+
+class Blend(_Model):
+    """The non-core elements of one tensor: Σ coefficient·vector over the plan's `fold`, in its order.
+
+    `coefficients` [members] and `angles` [members − 1] (degrees between the running vector and the next member; null
+    where a norm is 0) are given here for granularity tensor; for row they are in coefficients.npy and `angles` holds
+    the smallest, mean and largest angle. `slerped` counts fold steps that were slerp, not lerp; `steps` counts all.
+    """
+
+    coefficients: list[float] | None
+    angles: list[float | None]
+    steps: int
+    slerped: int
+
+
+class TensorPlan(_Model):
+    """What happens to one tensor.
+
+    copy: not floating-point, equal everywhere. identical: the same bytes everywhere, copied. blend: all else.
+    `xxh3` identifies its content in each checkpoint: xxh3-64 of the xxh3-64 digests (little-endian) of its chunks.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: str  # of the output
+    base_dtype: str
+    action: Literal["copy", "identical", "blend"]
+    first_chunk: int
+    first_row: int
+    xxh3: dict[str, str]
+    claimed: int  # elements in any task's core
+    tasks: dict[str, TaskTensor]
+    blend: Blend | None
+
+    @property
+    def output(self) -> OutputTensor:
+        return OutputTensor(self.name, self.dtype, tuple(self.shape))
+
+    @model_validator(mode="after")
+    def _sound(self) -> TensorPlan:
+        if (self.blend is not None) != (self.action == "blend"):
+            raise ValueError("`blend` belongs to the action blend, and only to it")
+        if self.dtype != self.base_dtype and not {self.dtype, self.base_dtype} <= FLOAT_BYTES.keys():
+            raise ValueError(f"{self.base_dtype} cannot become {self.dtype}")
+        return self
+
+
+class Plan(_Model):
+    """A whole plan; `fold` lists the members of every blend in fold order, the backbone first."""
+
+    format: Literal["cpimerge plan"] = "cpimerge plan"
+    version: Literal[1] = 1
+    cpimerge: str
+    recipe: str  # the YAML as the user wrote it
+    settings: Settings
+    inputs: list[Input]
+    tasks: list[Task]
+    pairs: list[Pair]
+    stages: list[list[str]]
+    backbone: str
+    fold: list[str]
+    notes: list[str]
+    coefficients_xxh3: str | None
+    tensors: list[TensorPlan] = Field(repr=False)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Plan:
+        """What an edited plan must keep to, so that `fuse` can rely on it."""
+        tasks = [task.name for task in self.tasks]
+        if sorted(self.order) != sorted(tasks):
+            raise ValueError("`stages` must have each task once")
+        if sorted(self.fold) != sorted({*tasks, self.backbone}) or self.fold[0] != self.backbone:
+            raise ValueError("`fold` must be the backbone and then each other task once")
+        known = {entry.name for entry in self.inputs}
+        if known != {"base", *self.fold}:
+            raise ValueError("`inputs` must be the base and the members of `fold`")
+        by_row = self.coefficients_xxh3 is not None
+        for tensor in self.tensors:
+            given = None if tensor.blend is None else tensor.blend.coefficients
+            if tensor.blend is not None and (given is None) != by_row:
+                raise ValueError(f"tensor {tensor.name!r}: coefficients belong here or into {COEFFICIENTS_FILE}")
+            if given is not None and len(given) != len(self.fold):
+                raise ValueError(f"tensor {tensor.name!r}: {len(given)} coefficients for {len(self.fold)} members")
+            if tensor.xxh3.keys() != known:
+                raise ValueError(f"tensor {tensor.name!r}: `xxh3` must have every input")
+        return self
+
+    @property
+    def order(self) -> list[str]:
+        """All tasks in stage order."""
+        return [task for stage in self.stages for task in stage]
+
+    @property
+    def actions(self) -> Mapping[str, int]:
+        """How many tensors are copied, identical, blended by lerp alone, and blended with at least one slerp."""
+        counts = Counter({"copy": 0, "identical": 0, "lerp": 0, "slerp": 0})
+        for tensor in self.tensors:
+            blend = tensor.blend
+            counts[tensor.action if blend is None else "slerp" if blend.slerped else "lerp"] += 1
+        return dict(counts)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(tensor.output.nbytes for tensor in self.tensors)
+
+    def save(self, directory: Path) -> None:
+        """Write plan.json, a tensor a line. Tensors come last, so that the summary is at the top."""
+        fields = self.model_dump()
+        tensors = fields.pop("tensors")
+        head = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
+        lines = ",\n  ".join(json.dumps(tensor, ensure_ascii=False, allow_nan=False) for tensor in tensors)
+        text = f'{head[:-2]},\n "tensors": [\n  {lines}\n ]\n}}\n'
+        (directory / PLAN_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Plan:
+        """Read plan.json. Raises PlanError saying which entries are wrong."""
+        file = directory / PLAN_FILE
+        try:
+            raw = json.loads(file.read_bytes())
+        except FileNotFoundError as error:
+            raise PlanError(f"{file}: not found. Make a plan with `cpimerge plan RECIPE -o {directory}`") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanError(f"{file}: cannot be read: {error}") from error
+        _check_version(file, raw)
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise PlanError([f"{file}: {_place(entry['loc'])}{entry['msg']}" for entry in error.errors()]) from error
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) + ": " if location else ""
+
+
+def _check_version(file: Path, raw: Any) -> None:
+    if not isinstance(raw, dict) or raw.get("format") != "cpimerge plan":
+        raise PlanError(f"{file}: is not a cpimerge plan")
+    if raw.get("version") != VERSION:
+        raise PlanError(
+            f"{file}: plan version {raw.get('version')!r}, this cpimerge reads version {VERSION}. "
+            "Run `cpimerge plan` again"
+        )
+
+
+def plan_hash(directory: Path) -> str:
+    """xxh3-128 of plan.json, which holds those of the other files: identifies the whole plan."""
+    return xxhash.xxh3_128_hexdigest((directory / PLAN_FILE).read_bytes())

@@ -1,0 +1,213 @@
+"""`plan`: preflight, one streamed read of everything, and every number that `fuse` will obey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from . import __version__
+from .analysis import Analysis, Findings
+from .budget import Budget
+from .checkpoint import Checkpoint
+from .cores import CoreWriter
+from .folding import Folder, GramSpool
+from .overlap import Counts, chance, jaccard, stages
+from .passes import Settled
+from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
+from .preflight import Inputs, TensorSpec
+from .stream import Progress, workers
+from .writer import staged_directory
+
+__all__ = ["make_plan"]
+
+
+def make_plan(inputs: Inputs, out: Path, budget: Budget, force: bool, progress: Progress) -> Plan:
+    """Read all inputs once and write the plan directory `out`.
+
+    Raises IncompatibleError for what only the data show (NaN, Inf, unequal non-float tensors), CheckpointError for
+    files that change or cannot be read, OutputError where `out` cannot be written.
+    """
+    paths = [checkpoint.path for checkpoint in inputs.checkpoints]
+    threads = workers(budget.threads, len(inputs.checkpoints), budget.cache_bytes)
+    with (
+        staged_directory(out, force, paths) as directory,
+        closing(_PlanFiles(inputs, directory)) as files,
+        threads as pool,
+    ):
+        findings = Analysis(inputs, pool, budget.cache_bytes, files.add, progress).run()
+        plan = _conclude(inputs, findings, files)
+        plan.save(directory)
+    return plan
+
+
+class _PlanFiles:
+    """What grows during the read: a core file for each task, and the spool of Gram matrices."""
+
+    def __init__(self, inputs: Inputs, directory: Path) -> None:
+        self.directory = directory
+        (directory / "cores").mkdir()
+        self.cores = [CoreWriter(directory / core_file(task)) for task in range(len(inputs.recipe.tasks))]
+        self.grams = GramSpool(directory)
+        self.first_chunk: dict[str, int] = {}
+        self.first_row: dict[str, int] = {}
+
+    def close(self) -> None:
+        self.grams.close()
+        for writer in self.cores:
+            writer.close()
+
+    def add(self, settled: Settled) -> None:
+        """Keep one chunk; chunks of a tensor come in order and together."""
+        name = settled.spec.name
+        if name not in self.first_chunk:
+            self.first_chunk[name] = self.cores[0].chunks
+            self.first_row[name] = self.grams.rows
+        for writer, core in zip(self.cores, settled.cores, strict=True):
+            writer.append(core)
+        self.grams.add(settled.gram, settled.chunk.opens_row)
+
+
+def core_file(task: int) -> str:
+    """Where the core of task number `task` lies in the plan directory."""
+    return f"cores/{task:02d}.roaring"
+
+
+def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) -> Plan:
+    """Everything that follows from the read."""
+    recipe = inputs.recipe
+    hashes = [writer.finish() for writer in files.cores]
+    total = _sum_pairs(findings.values(), len(recipe.tasks))
+    order = stages(recipe, total)
+    backbone = order[-1][-1] if recipe.backbone == "last" else recipe.backbone
+    backbone = "backbone" if isinstance(backbone, Path) else backbone
+    members = [backbone, *(task for stage in order for task in stage if task != backbone)]
+    folder = Folder(inputs, files.grams, files.first_row, members)
+    blended = [spec for spec in inputs.tensors if _action(spec, findings[spec.name]) == "blend"]
+    blends, coefficients_xxh3 = folder.fold_all(blended, files.directory)
+    return Plan(
+        cpimerge=__version__,
+        recipe=recipe.text,
+        settings=_settings(inputs),
+        inputs=[_input(name, c) for name, c in zip(inputs.names, inputs.checkpoints, strict=True)],
+        tasks=[_task(inputs, findings, number, digest) for number, digest in enumerate(hashes)],
+        pairs=list(_pairs(inputs, findings, total)),
+        stages=order,
+        backbone=backbone,
+        fold=members,
+        notes=list(inputs.notes),
+        coefficients_xxh3=coefficients_xxh3,
+        tensors=[_tensor(inputs, spec, findings[spec.name], files, blends.get(spec.name)) for spec in inputs.tensors],
+    )
+
+
+def _settings(inputs: Inputs) -> Settings:
+    recipe = inputs.recipe
+    return Settings(
+        space=recipe.space,
+        conflict=recipe.conflict,
+        granularity=recipe.granularity,
+        scope=recipe.scope,
+        tau=float(recipe.tau),
+        rest=float(recipe.rest),
+    )
+
+
+def _input(name: str, checkpoint: Checkpoint) -> Input:
+    shards = [
+        ShardIdentity(file=shard.file.name, size=shard.size, header_xxh3=shard.header_xxh3, sha256=shard.sha256)
+        for shard in checkpoint.shards
+    ]
+    return Input(name=name, path=str(checkpoint.path), shards=shards)
+
+
+def _task(inputs: Inputs, findings: dict[str, Findings], number: int, core_xxh3: str) -> Task:
+    floats = [spec for spec in inputs.tensors if spec.is_float]
+    elements = sum(spec.elements for spec in floats)
+    changed, near, rounding = (int(sum(findings[s.name].updates[number, i] for s in floats)) for i in range(3))
+    core = int(sum(findings[spec.name].pairs[number, number] for spec in floats))
+    sum_in, sum_out = (float(sum(findings[spec.name].sums[number, i] for spec in floats)) for i in range(2))
+    return Task(
+        name=inputs.recipe.tasks[number].name,
+        core_file=core_file(number),
+        core_xxh3=core_xxh3,
+        elements=elements,
+        changed=changed,
+        near=near,
+        rounding=rounding,
+        core=core,
+        mean_in=sum_in / core if core else 0.0,
+        mean_out=sum_out / (elements - core) if elements > core else 0.0,
+    )
+
+
+def _sum_pairs(findings: Iterable[Findings], tasks: int) -> Counts:
+    total = np.zeros((tasks, tasks), np.int64)
+    for found in findings:
+        total += found.pairs
+    return total
+
+
+def _pairs(inputs: Inputs, findings: dict[str, Findings], total: Counts) -> Iterator[Pair]:
+    """Every pair of tasks, with its overlap in the model and in each layer."""
+    eligible = [spec for spec in inputs.tensors if spec.eligible]
+    sizes = [spec.elements for spec in eligible]
+    layers: dict[str, Counts] = {}
+    for spec in eligible:
+        layers[spec.layer] = layers.get(spec.layer, 0) + findings[spec.name].pairs
+    names = [task.name for task in inputs.recipe.tasks]
+    for a, b in combinations(range(len(names)), 2):
+        expected = chance(sizes, [spec.density[a] for spec in eligible], [spec.density[b] for spec in eligible])
+        index = jaccard(total, a, b)
+        shared = int(total[a, b])
+        yield Pair(
+            a=names[a],
+            b=names[b],
+            shared=shared,
+            union=int(total[a, a] + total[b, b]) - shared,
+            jaccard=float(index),
+            chance=float(expected),
+            lift=float(index / expected) if expected else None,
+            layers={layer: float(jaccard(counts, a, b)) for layer, counts in layers.items()},
+        )
+
+
+def _tensor(inputs: Inputs, spec: TensorSpec, found: Findings, files: _PlanFiles, blend: Blend | None) -> TensorPlan:
+    names = [task.name for task in inputs.recipe.tasks]
+    return TensorPlan(
+        name=spec.name,
+        shape=list(spec.shape),
+        dtype=spec.dtype,
+        base_dtype=spec.sources[0].dtype,
+        action=_action(spec, found),
+        first_chunk=files.first_chunk.get(spec.name, 0),
+        first_row=files.first_row.get(spec.name, 0),
+        xxh3=dict(zip(inputs.names, found.hashes, strict=True)),
+        claimed=found.claimed,
+        tasks={name: _task_tensor(spec, found, number) for number, name in enumerate(names)} if spec.is_float else {},
+        blend=blend,
+    )
+
+
+def _action(spec: TensorSpec, found: Findings) -> Literal["copy", "identical", "blend"]:
+    if not spec.is_float:
+        return "copy"
+    return "identical" if found.identical else "blend"
+
+
+def _task_tensor(spec: TensorSpec, found: Findings, number: int) -> TaskTensor:
+    changed, near, rounding = map(int, found.updates[number])
+    sum_in, sum_out = map(float, found.sums[number])
+    return TaskTensor(
+        dtype=spec.sources[1 + number].dtype,
+        changed=changed,
+        near=near,
+        rounding=rounding,
+        core=int(found.pairs[number, number]),
+        sum_in=sum_in,
+        sum_out=sum_out,
+    )
