@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from . import kernels
-from .cores import NOTHING, Threshold, budget, kth_bin
+from .cores import NOTHING, Threshold, budget
 from .errors import IncompatibleError
 from .passes import Block, Counts, Load, Passes, Settled, Surveyed
 from .preflight import Inputs, TensorSpec, pools
@@ -144,13 +145,13 @@ class Analysis:
     def _settle(self, pool: Pool, passes: Passes, run: Run) -> Iterator[Settled]:
         """All passes over one pool; nothing comes of it where a tensor is unfit to merge."""
         blocks = _blocks(pool, self.inputs.recipe.granularity)
-        histogram = np.zeros((passes.tasks, kernels.HIGH_BINS), np.int64)
+        histogram: Counts | None = None
         sound = True
         for surveyed in run(passes.survey, blocks):
             self._record(surveyed)
             sound &= not surveyed.faults
             if surveyed.histogram is not None:
-                histogram += surveyed.histogram
+                histogram = surveyed.histogram if histogram is None else histogram + surveyed.histogram
         if not sound or not pool[0].is_float:
             return
         blocks = [block for block in blocks if not self.findings[block.spec.name].identical]
@@ -178,14 +179,17 @@ class Analysis:
         findings.sums += settled.sums
         self.sink(settled)
 
-    def _thresholds(self, pool: Pool, histogram: Counts, refine: Callable[[list[int]], Counts]) -> list[Threshold]:
+    def _thresholds(
+        self, pool: Pool, histogram: Counts | None, refine: Callable[[list[int]], Counts]
+    ) -> list[Threshold]:
         """The exact threshold of each task's core in the pool (METHOD §1)."""
-        if not pool[0].eligible:
-            return [NOTHING] * len(histogram)
+        tasks = len(self.inputs.recipe.tasks)
         elements = sum(spec.elements for spec in pool)
         changed = np.sum([self.findings[spec.name].updates[:, 0] for spec in pool], axis=0)
         sizes = [min(budget(p, elements), int(c)) for p, c in zip(pool[0].density, changed, strict=True)]
-        places = [kth_bin(counts, k) if k else None for counts, k in zip(histogram, sizes, strict=True)]
+        if histogram is None or not any(sizes):
+            return [NOTHING] * tasks
+        places = [kernels.kth_bin(counts, k) if k else None for counts, k in zip(histogram, sizes, strict=True)]
         low_halves = refine([-1 if place is None else place[0] for place in places])
         return [_threshold(place, counts) for place, counts in zip(places, low_halves, strict=True)]
 
@@ -194,15 +198,12 @@ def _threshold(place: tuple[int, int] | None, low_halves: Counts) -> Threshold:
     if place is None:
         return NOTHING
     high, wanted = place
-    low, ties = kth_bin(low_halves, wanted)
+    low, ties = kernels.kth_bin(low_halves, wanted)
     return Threshold(high << 16 | low, ties)
 
 
 def _refine(passes: Passes, run: Run, blocks: Sequence[Block], bins: list[int]) -> Counts:
-    counts = np.zeros((passes.tasks, kernels.LOW_BINS), np.int64)
-    if max(bins) >= 0:
-        for part in run(partial(passes.refine, bins=bins), blocks):
-            counts += part
+    counts: Counts = reduce(add, run(partial(passes.refine, bins=bins), blocks))
     return counts
 
 

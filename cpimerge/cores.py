@@ -21,7 +21,7 @@ from pyroaring import BitMap
 
 from .errors import PlanError
 
-__all__ = ["CoreReader", "CoreWriter", "Threshold", "budget", "kth_bin", "pair_counts"]
+__all__ = ["CoreReader", "CoreWriter", "Threshold", "budget", "pair_counts"]
 
 Counts = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.uint32]
@@ -41,14 +41,6 @@ NOTHING = Threshold(bits=0xFFFFFFFF, ties=0)
 def budget(density: Fraction, elements: int) -> int:
     """k = ⌊p·n⌋ elements, exact: p is the decimal that the user wrote."""
     return floor(density * elements)
-
-
-def kth_bin(counts: Counts, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest entry (k ≥ 1), and how many entries the core takes from that bin."""
-    from_top = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_top, k))
-    above = int(from_top[place - 1]) if place else 0
-    return len(counts) - 1 - place, k - above
 
 
 def bitmap(positions: Positions) -> BitMap:

@@ -30,7 +30,7 @@ Gram = npt.NDArray[np.float64]
 
 
 class GramSpool:
-    """Appends Gram matrices float64 [R, P] to a nameless file, and reads them back a slab of rows at a time."""
+    """Appends Gram matrices float64 [R, P] to a nameless file; then reads them back, a slab of rows at a time."""
 
     def __init__(self, directory: Path) -> None:
         self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - lives as long as the spool
@@ -65,7 +65,6 @@ class GramSpool:
     def _flush(self) -> None:
         if self._open is not None:
             self._pairs = self._open.shape[1]
-            self._file.seek(0, 2)
             self._file.write(self._open.tobytes())
             self._written += len(self._open)
             self._open = None

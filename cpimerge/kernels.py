@@ -100,6 +100,19 @@ def histogram_low(magnitude: Bits, high: np.uint32, counts: Counts) -> None:
 
 
 @_compiled
+def kth_bin(counts: Counts, k: int) -> tuple[int, int]:
+    """The bin of `counts` int64 [bins] that holds the k-th largest entry, and how many of the k lie in that bin.
+
+    1 ≤ k ≤ the sum of the counts.
+    """
+    place = counts.size - 1
+    while counts[place] < k:
+        k -= counts[place]
+        place -= 1
+    return place, k
+
+
+@_compiled
 def count_equal(magnitude: Bits, threshold: np.uint32) -> int:
     """How many of `magnitude` uint32 [n] equal `threshold`."""
     count = 0

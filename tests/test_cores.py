@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpimerge.cores import CoreReader, CoreWriter, bitmap, budget, kth_bin, offsets_file, pair_counts
+from cpimerge.cores import CoreReader, CoreWriter, bitmap, budget, offsets_file, pair_counts
 from cpimerge.errors import PlanError
 
 
@@ -21,15 +21,6 @@ from cpimerge.errors import PlanError
 )
 def test_budget_is_exact(density: str, elements: int, k: int) -> None:
     assert budget(Fraction(Decimal(density)), elements) == k
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=9).filter(any), st.data())
-def test_kth_bin(counts: list[int], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, sum(counts)))
-    entries = sorted((bin_ for bin_, count in enumerate(counts) for _ in range(count)), reverse=True)
-    bin_, wanted = kth_bin(np.array(counts), k)
-    assert bin_ == entries[k - 1]
-    assert wanted == k - sum(entry > bin_ for entry in entries)
 
 
 positions = st.sets(st.integers(0, 99)).map(lambda places: np.array(sorted(places), np.uint32))

@@ -72,6 +72,15 @@ def test_histograms(magnitude: np.ndarray) -> None:
         assert (low - 1 == np.bincount(inside, minlength=kernels.LOW_BINS)).all()
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9).filter(any), st.data())
+def test_kth_bin(counts: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, sum(counts)))
+    entries = sorted((bin_ for bin_, count in enumerate(counts) for _ in range(count)), reverse=True)
+    bin_, wanted = kernels.kth_bin(np.array(counts), k)
+    assert bin_ == entries[k - 1]
+    assert wanted == k - sum(entry > bin_ for entry in entries)
+
+
 @given(bits(5), st.integers(0, 6), st.integers(0, 4))
 def test_select_and_count(magnitude: np.ndarray, threshold: int, ties: int) -> None:
     room = np.zeros(magnitude.size, np.uint32)
