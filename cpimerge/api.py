@@ -1,0 +1,137 @@
+"""The public functions. They import what they need when called, so that `import cpimerge` stays light."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OutputError
+
+if TYPE_CHECKING:
+    from .estimate import Needs
+    from .plan_file import Plan
+    from .preflight import Inputs
+    from .recipe import Recipe
+
+__all__ = ["fuse", "merge", "plan"]
+
+Progress = Callable[[str, int, int], None]  # phase ("plan" or "fuse"), bytes done, bytes in all
+
+
+def _silent(*_: object) -> None:
+    """Nobody watches."""
+
+
+def plan(  # noqa: PLR0913 - all but two are keywords with a default
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+    announce: Callable[[Needs], None] = _silent,
+) -> Plan:
+    """Make the plan of a merge and write it to the directory `out`.
+
+    `recipe` is the path of a recipe or a `Recipe`; `threads` defaults to the processors at hand; `memory` is the
+    budget of the whole process, in bytes or as text ("512MB"); `force` replaces a non-empty `out`. `announce` is
+    called once with what the run will need, before any tensor is read; `progress` with bytes done and in all, which
+    never fall and end equal. Both are called on the calling thread, and what they raise ends the run.
+
+    Returns what `plan.json` holds. Raises a `CpimergeError` listing every problem, before any tensor is read where
+    headers show it. `out` appears when all of it is on disk.
+    """
+    inputs = _checked(recipe)
+    from .writer import check_target
+
+    check_target(Path(out), force, [checkpoint.path for checkpoint in inputs.checkpoints])
+    from . import estimate, planning  # with torch and numba, which a mistake in the recipe need not wait for
+    from .budget import Budget
+
+    budget = Budget.divide(estimate.worker_bytes(inputs), threads, memory)
+    needs = estimate.plan_needs(inputs, budget)
+    estimate.check_disk(needs.plan_bytes, Path(out))
+    announce(needs)
+    return planning.make_plan(inputs, Path(out), budget, force, progress)
+
+
+def _checked(recipe: str | Path | Recipe) -> Inputs:
+    """Everything that can be known without the numeric libraries: the recipe and all headers."""
+    from .preflight import check
+    from .recipe import Recipe, load_recipe
+
+    return check(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+
+
+def fuse(
+    plan_dir: str | Path,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Obey the plan in `plan_dir`: write the fused checkpoint to the directory `out`.
+
+    Options as for `plan`. Returns what `cpimerge_manifest.json` holds. Raises a `CpimergeError`; nothing appears
+    under `out` then.
+    """
+    from .plan_file import Plan
+
+    loaded = Plan.load(Path(plan_dir))
+    from . import estimate, fusion
+    from .budget import Budget
+
+    budget = Budget.divide(estimate.fuse_worker_bytes(loaded), threads, memory)
+    estimate.check_disk(loaded.output_bytes, Path(out))
+    return fusion.fuse_plan(loaded, Path(plan_dir), Path(out), budget, force, progress)
+
+
+def merge(  # noqa: PLR0913 - all but two are keywords with a default
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+    announce: Callable[[Needs], None] = _silent,
+    planned: Callable[[Plan], None] = _silent,
+) -> dict[str, Any]:
+    """`plan` and `fuse` in one. The plan lies beside `out` meanwhile, and `planned` is called with it once.
+
+    Options, return value and what is raised as for both.
+    """
+    inputs = _checked(recipe)
+    from .writer import check_target
+
+    target = Path(out).expanduser().absolute()
+    check_target(target, force, [checkpoint.path for checkpoint in inputs.checkpoints])
+
+    def check_disk(needs: Needs) -> None:  # before hours of planning
+        from . import estimate
+
+        estimate.check_disk(needs.plan_bytes + needs.output_bytes, target)
+        announce(needs)
+
+    options: dict[str, Any] = {"threads": threads, "memory": memory, "progress": progress}
+    with _directory_beside(target) as directory:
+        planned(plan(inputs.recipe, directory, announce=check_disk, **options))
+        return fuse(directory, target, force=force, **options)
+
+
+@contextmanager
+def _directory_beside(target: Path) -> Iterator[str]:
+    """A temporary directory on the disk of `target`, in the nearest parent that exists. Raises OutputError."""
+    parent = next(place for place in target.parents if place.exists())
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=f".{target.name}.plan-", dir=parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    with directory as path:
+        yield path

@@ -1,0 +1,71 @@
+"""The model card of a fused checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from .plan_file import Plan
+
+__all__ = ["model_card", "model_name", "recipe_without_places"]
+
+CACHED = re.compile(r"models--(?P<id>.+)/snapshots/[^/]+$")  # in the Hugging Face cache
+# An absolute path in YAML, up to what may end a value; not the rest of a relative path or of an address.
+ABSOLUTE_PATH = re.compile(r"""(?<![\w.*/:~-])(?:~[\w.-]*)?/[^\s"',}\]]*""")
+
+
+def model_name(path: str) -> str:
+    """What to call a checkpoint in public: its id on the Hub if the Hub's cache has it, else its directory's name."""
+    cached = CACHED.search(path)
+    return cached["id"].replace("--", "/", 1) if cached else Path(path).name
+
+
+def recipe_without_places(plan: Plan) -> str:
+    """The recipe as written, but for absolute paths: these say more about a machine than about a model."""
+    recipe = plan.recipe
+    for entry in sorted(plan.inputs, key=lambda entry: -len(entry.path)):
+        recipe = recipe.replace(entry.path, model_name(entry.path))
+    return ABSOLUTE_PATH.sub(lambda found: model_name(found[0].rstrip("/")), recipe)
+
+
+def model_card(plan: Plan) -> str:
+    """README.md: metadata that the Hub understands, then how the model came about."""
+    names = {entry.name: model_name(entry.path) for entry in plan.inputs}
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(names.values())),
+        base_model_relation="merge",
+        library_name="transformers",
+        tags=["merge", "cpimerge"],
+    )
+    actions = plan.actions
+    stages = "\n".join(f"{number}. {', '.join(stage)}" for number, stage in enumerate(plan.stages, 1))
+    tasks = "\n".join(f"- **{task.name}** (`{names[task.name]}`): {task.core:,} core elements" for task in plan.tasks)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {names["base"]}, fused
+
+Made from fine-tunes of `{names["base"]}` with cpimerge {plan.cpimerge}: each task's core parameters were transplanted,
+the rest was blended (core parameter isolation, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741)).
+
+## Tasks
+
+{tasks}
+
+## Stages
+
+{stages}
+
+Backbone: {plan.backbone}. Tensors: {actions["slerp"]} blended with slerp, {actions["lerp"]} with lerp alone,
+{actions["identical"]} identical everywhere, {actions["copy"]} not floating-point.
+{_recipe_section(plan)}"""
+
+
+def _recipe_section(plan: Plan) -> str:
+    """The recipe in a fence that nothing in it closes; nothing where it was made in Python, without a text."""
+    recipe = recipe_without_places(plan).rstrip()
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", recipe)), default=2))
+    return f"\n## Recipe\n\n{fence}yaml\n{recipe}\n{fence}\n" if recipe else ""

@@ -1,0 +1,373 @@
+"""A checkpoint directory as named tensors that can be read by byte range.
+
+Only headers are read here. A header is validated at least as strictly as the safetensors reference reader does it,
+and every problem of a checkpoint is listed at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .errors import CheckpointError
+
+__all__ = [
+    "Checkpoint",
+    "Shard",
+    "TensorInfo",
+    "collect",
+    "is_unicode",
+    "layer_of",
+    "natural_key",
+    "open_checkpoint",
+    "read_header",
+]
+
+FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+COPIED_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+# Known to the format, refused by preflight with the reason.
+REFUSED_BYTES = {"F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+ITEM_BYTES = FLOAT_BYTES | COPIED_BYTES | REFUSED_BYTES
+FLOAT_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+MAX_SIZE = 1 << 63
+MAX_NAME = 1_000  # characters; no real name comes near it, and numbers in names stay small enough to compare
+MAX_READ_BYTES = 1 << 30  # Linux transfers at most 2 GiB a call
+AGAIN = "Download or save it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies on disk. `offset` and `nbytes` in bytes, `offset` from the start of `file`."""
+
+    name: str
+    dtype: str  # as safetensors spells it: "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_BYTES
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` (writable, contiguous bytes) from the tensor's bytes beginning at byte `start`.
+
+        Raises CheckpointError where the file ends early or cannot be read: it changed since its header was read.
+        """
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done : done + MAX_READ_BYTES])
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.file}: tensor {self.name!r}: the file ended {len(buffer) - done} bytes early. "
+                            "It changed during the run: start again when nothing writes to it"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: tensor {self.name!r}: cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its size in bytes and the xxh3-128 of its header."""
+
+    file: Path
+    size: int
+    header_xxh3: str
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def sha256(self) -> str | None:
+        """The file's sha256 where the Hugging Face cache already names it (its blobs are called by it)."""
+        blob = Path(os.path.realpath(self.file))
+        return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with a model's weights as safetensors.
+
+    `tensors` are in natural-sorted order of their names. `config` is config.json, empty where there is none.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether its config says that the output head is the input embedding."""
+        return self.config.get("tie_word_embeddings") is True
+
+
+def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
+    """Sort key that orders `layers.2.` before `layers.10.`; equal numbers fall back to the plain string."""
+    runs = (run for run in re.split(r"([0-9]+)", name) if run)
+    return tuple((0, int(run)) if run.isdigit() and run.isascii() else (1, run) for run in runs), name
+
+
+def layer_of(name: str) -> str:
+    """The name up to and including its first all-digit component (`model.layers.3.`); '' where it has none."""
+    parts = name.split(".")
+    for count, part in enumerate(parts, 1):
+        if part.isdigit() and part.isascii():
+            return ".".join(parts[:count]) + "."
+    return ""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read every header of the checkpoint in `path`. Raises CheckpointError listing all that is wrong with it."""
+    problems: list[str] = []
+    shards: list[Shard] = []
+    weight_map: dict[str, str] = {}
+    with collect(path, problems):
+        has_config = (path / CONFIG).is_file()
+        with collect(path / INDEX, problems):
+            weight_map = _weight_map(path, problems)
+            for file in _files(path, weight_map, problems):
+                with collect(file, problems):
+                    shards.append(read_header(file))
+        config = _json_object(path / CONFIG) if has_config else {}
+    if weight_map and not problems:
+        problems.extend(_index_problems(path / INDEX, weight_map, shards))
+    if not problems and not any(shard.tensors for shard in shards):
+        problems.append(f"{path}: holds no tensors. Give the directory of a whole checkpoint")
+    if problems:
+        raise CheckpointError(problems)
+    infos = sorted((info for shard in shards for info in shard.tensors), key=lambda info: natural_key(info.name))
+    return Checkpoint(path, tuple(shards), {info.name: info for info in infos}, config)
+
+
+@contextmanager
+def collect(path: Path, problems: list[str]) -> Iterator[None]:
+    """Errors of the block become problems, so that the search for others goes on."""
+    try:
+        yield
+    except CheckpointError as error:
+        problems.extend(error.problems)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}")
+
+
+def _weight_map(path: Path, problems: list[str]) -> dict[str, str]:
+    """The index's tensor name -> shard name; empty where the checkpoint is a single file."""
+    index = path / INDEX
+    if (path / WEIGHTS).is_file() or not index.is_file():  # transformers prefers the single file, too
+        return {}
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no 'weight_map' of tensor names to shards. {AGAIN}")
+    unfit = sorted({_shown(shard) for shard in weight_map.values() if not _is_file_name(shard)})
+    problems.extend(f"{index}: shard {shard} is not the name of a file beside it. {AGAIN}" for shard in unfit)
+    return {name: shard for name, shard in weight_map.items() if _is_file_name(shard)}
+
+
+def _is_file_name(shard: Any) -> bool:
+    return is_unicode(shard) and shard == os.path.basename(shard) and shard not in ("", ".", "..")
+
+
+def _files(path: Path, weight_map: Mapping[str, str], problems: list[str]) -> list[Path]:
+    """The safetensors files that are there; appends what is missing."""
+    if not weight_map and problems:
+        return []
+    if not weight_map and not (path / WEIGHTS).is_file():
+        raise CheckpointError(_why_no_weights(path))
+    files = [path / shard for shard in sorted(set(weight_map.values()))] or [path / WEIGHTS]
+    missing = [file for file in files if not file.is_file()]
+    problems.extend(f"{file}: missing, though {INDEX} names it. Complete the download" for file in missing)
+    return [file for file in files if file not in missing]
+
+
+def _why_no_weights(path: Path) -> str:
+    """What `path` is instead of a checkpoint, and the way out."""
+    if not path.exists():
+        return f"{path}: no such directory. Models must be on this disk: download it first and give its path"
+    if not path.is_dir():
+        return f"{path}: not a directory. Give the directory that holds {WEIGHTS}"
+    if (path / "adapter_config.json").exists():
+        return f"{path}: holds an adapter, not a full model. Merge it into its base first (PEFT: merge_and_unload)"
+    if others := sorted(file.name for file in path.glob("*.safetensors")):
+        return (
+            f"{path}: neither {WEIGHTS} nor {INDEX} in it, only {others[0]!r}. "
+            f"Complete the download, or call it {WEIGHTS} if it is the whole model"
+        )
+    if any(path.glob("pytorch_model*.bin")):
+        return f"{path}: holds pytorch_model.bin, not safetensors. Convert it: load it with transformers and save it"
+    if any(path.glob("*.gguf")):
+        return f"{path}: holds GGUF, which is quantised. Give the safetensors checkpoint that it was made from"
+    return f"{path}: neither {WEIGHTS} nor {INDEX} in it. Give the directory of a checkpoint in safetensors"
+
+
+def _index_problems(index: Path, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> Iterator[str]:
+    """Every tensor must lie in the one shard that the index names for it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for shard in shards:
+        for info in shard.tensors:
+            found[info.name].append(shard.file.name)
+    for name in sorted(weight_map.keys() | found.keys(), key=natural_key):
+        if found.get(name) != [weight_map.get(name)]:
+            listed = f"listed in {weight_map[name]!r}" if name in weight_map else "not listed"
+            where = " and ".join(map(repr, found.get(name, []))) or "no shard"
+            yield f"{index}: tensor {name!r}: {listed}, found in {where}. Download or save all of them again"
+
+
+def read_header(file: Path) -> Shard:
+    """Read and validate one safetensors header. Raises CheckpointError listing all its problems, or OSError."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`")
+        if length > size - 8:
+            raise CheckpointError(f"{file}: incomplete: {size} bytes, shorter than its own header. {AGAIN}")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{file}: header of {length} bytes; the format allows {MAX_HEADER_BYTES}. {AGAIN}")
+        raw = stream.read(length)
+    entries = _parse_object(file, raw)
+    problems: list[str] = []
+    if not _is_metadata(entries.pop("__metadata__", None)):
+        problems.append(f"{file}: '__metadata__' must map text to text. {AGAIN}")
+    infos = [info for name, entry in entries.items() if (info := _entry(file, name, entry, 8 + length, problems))]
+    if not problems:
+        problems.extend(_layout_problems(file, infos, 8 + length, size))
+    if problems:
+        raise CheckpointError(problems)
+    return Shard(file, size, xxhash.xxh3_128_hexdigest(raw), tuple(infos))
+
+
+def _is_metadata(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(is_unicode, (*value.keys(), *value.values()))))
+
+
+def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[str]) -> TensorInfo | None:
+    """One header entry as a TensorInfo; appends what is wrong with it and returns None."""
+    fault = _entry_fault(name, entry)
+    if fault is not None:
+        problems.append(f"{file}: tensor {_shown(name)}: {fault}")
+        return None
+    begin, end = entry["data_offsets"]
+    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data_start + begin, end - begin)
+
+
+def _entry_fault(name: str, entry: Any) -> str | None:
+    """What is wrong with a header entry, and what to do."""
+    if len(name) > MAX_NAME or not is_unicode(name):
+        return f"its name is not Unicode of at most {MAX_NAME} characters. Save the checkpoint with another name for it"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return f"its header entry must have exactly dtype, shape and data_offsets. {AGAIN}"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return f"unsupported dtype {_shown(dtype)}. Convert the checkpoint to bfloat16 or float32"
+    if not _are_sizes(shape):
+        return f"shape {_shown(shape)} is not a list of sizes. {AGAIN}"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {_shown(offsets)} are not a begin and an end. {AGAIN}"
+    needed = _nbytes(shape, ITEM_BYTES[dtype])
+    if needed is None:
+        return f"{dtype} {_shown(shape)} is larger than any file. {AGAIN}"
+    if needed != offsets[1] - offsets[0]:
+        return f"{dtype} {_shown(shape)} needs {needed} bytes, data_offsets give {offsets[1] - offsets[0]}. {AGAIN}"
+    return None
+
+
+def is_unicode(text: Any) -> bool:
+    """Whether it is text, without half a surrogate pair: JSON can say that, and no file can hold it."""
+    return isinstance(text, str) and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < MAX_SIZE for size in value)
+
+
+def _nbytes(shape: Iterable[int], item_bytes: int) -> int | None:
+    """Bytes of a tensor; None beyond any file. Not `math.prod`, which takes forever over a hostile shape."""
+    product = item_bytes
+    for size in shape:
+        product *= size
+        if product >= MAX_SIZE:
+            return None
+    return product
+
+
+def _shown(value: Any) -> str:
+    """What a file holds, as an error shows it: cut short where it is long or deep."""
+    brief = reprlib.Repr()
+    brief.maxstring, brief.maxlist, brief.maxlong = 200, 8, 40
+    return brief.repr(value)
+
+
+def _layout_problems(file: Path, infos: Iterable[TensorInfo], data_start: int, size: int) -> Iterator[str]:
+    """Tensors must fill the data section without holes or overlaps."""
+    end = data_start
+    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            fault = (
+                "overlaps the tensor before it" if info.offset < end else f"{info.offset - end} unused bytes before it"
+            )
+            yield f"{file}: tensor {info.name!r}: {fault}. {AGAIN}"
+        end = max(end, info.offset + info.nbytes)
+    if end > size:
+        yield f"{file}: incomplete: {size} bytes, its header promises {end}. {AGAIN}"
+    elif end < size:
+        yield f"{file}: {size - end} bytes after the last tensor. {AGAIN}"
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    return _parse_object(file, file.read_bytes())
+
+
+def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
+    """`raw`, a file's header or all of it, as a JSON object without duplicate keys. Raises CheckpointError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointError(f"{file}: {key!r} stands twice in one JSON object. {AGAIN}")
+            result[key] = value
+        return result
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: its JSON is nested too deeply. {AGAIN}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}. {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}. {AGAIN}")
+    return value

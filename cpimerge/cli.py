@@ -1,0 +1,266 @@
+"""The command line: parses, calls the library, shows the result."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from . import __version__, api
+from .budget import format_size, parse_size
+from .errors import CpimergeError, OutputError
+
+MAX_SHOWN_PROBLEMS = 100
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+NORMAL_COLUMNS, NORMAL_ROWS = 80, 24
+
+Command = Callable[..., None]
+Progress = Callable[[str, int, int], None]
+
+
+class Screen:
+    """What the user sees: results on stdout, all else on stderr. `as_json`: one JSON document on stdout, no more."""
+
+    def __init__(self, quiet: bool, as_json: bool, debug: bool) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+        self.debug = debug
+
+    def show(self, *renderables: Any) -> None:
+        """Print results for people."""
+        if self.quiet or self.as_json:
+            return
+        from .report import render
+
+        terminal = sys.stdout.isatty()
+        _write(render(renderables, _columns(sys.stdout) if terminal else None, terminal))
+
+    def data(self, result: Any) -> None:
+        """Print the result for machines."""
+        if self.as_json:
+            _write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A callback for the library: a bar a phase on a terminal, plain lines otherwise, nothing when quiet."""
+        if self.quiet:
+            yield lambda phase, done, total: None
+        elif sys.stderr.isatty():
+            with _bars() as update:
+                yield update
+        else:
+            yield _lines()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Whatever is raised becomes lines on stderr and an exit code; --debug adds where it came from."""
+        try:
+            yield
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except CpimergeError as error:
+            self._fail(error.problems)
+        except KeyboardInterrupt:
+            self._fail(["interrupted"], INTERRUPTED)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self._fail([f"unexpected {what}. Please report this, with what --debug shows"])
+
+    def _fail(self, problems: Sequence[str], code: int = 1) -> None:
+        from .report import printable
+
+        if self.debug:
+            traceback.print_exc()
+        for problem in problems[:MAX_SHOWN_PROBLEMS]:
+            click.echo(f"error: {printable(problem)}", err=True)
+        if len(problems) > MAX_SHOWN_PROBLEMS:
+            click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+        with suppress(OutputError):  # it may be the very problem
+            self.data({"errors": list(problems)})
+        sys.exit(code)
+
+
+def _write(text: str) -> None:
+    """To stdout. Nobody reading it any more is no reason to stop the work: the rest goes nowhere."""
+    try:
+        click.echo(text, nl=False)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also what Python still has to flush
+        os.close(nowhere)
+        if error.errno != errno.EPIPE:
+            raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def _columns(terminal: TextIO) -> int:
+    """Its width; the usual one where it does not say, as some that were made by a program do not."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or NORMAL_COLUMNS
+    except OSError:
+        return NORMAL_COLUMNS
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """A bar for the phase at hand, with rate and time left; it goes when the phase ends."""
+    from tqdm import tqdm
+
+    new_bar = partial(tqdm, unit="B", unit_scale=True, leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS)
+    bars: dict[str, Any] = {}
+
+    def update(phase: str, done: int, total: int) -> None:
+        if phase not in bars:
+            bars[phase] = new_bar(total=total, desc=phase)
+        bars[phase].update(done - bars[phase].n)
+        if done >= total:
+            bars[phase].close()
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _lines() -> Progress:
+    """A line for every tenth of a phase."""
+    shown: dict[str, int] = {}
+
+    def update(phase: str, done: int, total: int) -> None:
+        tenths = 10 * done // total if total else 10
+        if tenths > shown.get(phase, 0):
+            shown[phase] = tenths
+            click.echo(f"{phase}: {10 * tenths}% of {format_size(total)}", err=True)
+
+    return update
+
+
+def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+OPTIONS = (
+    click.option("--threads", type=click.IntRange(min=1), help="Worker threads. Default: all processors."),
+    click.option("--memory", metavar="SIZE", callback=_size, help="Budget for the whole process, such as 512MB."),
+    click.option("--force", is_flag=True, help="Replace the output directory if it is not empty."),
+    click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result, or the errors, as JSON on stdout."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def command(function: Command) -> Command:
+    """Give a command the options that all have, and its Screen; take care of what it raises."""
+
+    @wraps(function)
+    def run(quiet: bool, as_json: bool, debug: bool, **arguments: Any) -> None:
+        screen = Screen(quiet, as_json, debug)
+        with screen.errors():
+            function(screen, **arguments)
+
+    for option in reversed(OPTIONS):
+        run = option(run)
+    return run
+
+
+def _directory(help: str) -> Callable[[Command], Command]:
+    return click.option("--output", "-o", metavar="DIR", required=True, type=click.Path(path_type=Path), help=help)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cpimerge")
+def main() -> None:
+    """Fuse fine-tunes of one base model: exact, streaming, offline.
+
+    Write a recipe, look at the plan, fuse, and load the result with transformers.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table is worth more than an accent that the locale lacks
+
+
+@main.command("plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_directory("Directory for the plan.")
+@command
+def plan_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
+    """Check every input of RECIPE, read them once, and settle what `fuse` will do.
+
+    Lists everything that is wrong before it reads any weights. Prints each task's core, how the cores overlap, the
+    stages, and how the rest will be blended.
+    """
+    announced: list[Any] = []
+
+    def announce(needs: Any) -> None:
+        from .report import needs_report
+
+        announced.append(needs)
+        screen.show(needs_report(needs), "")
+
+    with screen.progress() as progress:
+        plan = api.plan(recipe, output, progress=progress, announce=announce, **options)
+    from .report import plan_report, plan_summary
+
+    screen.show(*plan_report(plan), f"\nplan: {_quoted(output)}   next: cpimerge fuse {_quoted(output)} -o OUT_DIR")
+    screen.data(plan_summary(plan, *announced))
+
+
+@main.command("fuse")
+@click.argument("plan_dir", type=click.Path(path_type=Path))
+@_directory("Directory for the model.")
+@command
+def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -> None:
+    """Write the fused checkpoint that PLAN_DIR describes.
+
+    Refuses inputs that changed since they were planned. The output directory appears when all of it is on disk.
+    """
+    with screen.progress() as progress:
+        manifest = api.fuse(plan_dir, output, progress=progress, **options)
+    _show_model(screen, manifest, output)
+
+
+@main.command("merge")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_directory("Directory for the model.")
+@command
+def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
+    """Plan and fuse RECIPE in one go, without keeping the plan."""
+
+    def announce(needs: Any) -> None:
+        from .report import needs_report
+
+        screen.show(needs_report(needs), "")
+
+    def planned(plan: Any) -> None:
+        from .report import plan_report
+
+        screen.show(*plan_report(plan), "")
+
+    with screen.progress() as progress:
+        manifest = api.merge(recipe, output, progress=progress, announce=announce, planned=planned, **options)
+    _show_model(screen, manifest, output)
+
+
+def _show_model(screen: Screen, manifest: dict[str, Any], output: Path) -> None:
+    from .report import fuse_report
+
+    screen.show(fuse_report(manifest, _quoted(output)))
+    screen.data(manifest)
+
+
+def _quoted(path: Path) -> str:
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(os.fspath(path))

@@ -1,0 +1,169 @@
+"""Everything of an output directory that is not weights: the base's other files, index, card and manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .card import model_card, model_name, recipe_without_places
+from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, WEIGHTS
+from .plan_file import Plan, TensorPlan, plan_hash
+from .writer import ShardLayout, index_json
+
+__all__ = ["companion_files", "module_weights", "unreadable", "write_companions"]
+
+MANIFEST = "cpimerge_manifest.json"
+MODULES = "modules.json"
+DTYPE_WORDS = {*FLOAT_NAMES.values(), "float64"}
+# Not copied from the base: weights in any form ...
+WEIGHTS_IN_ANY_FORM = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5"),
+    *("*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.mlmodel", "*.npz", "adapter_*"),
+)
+# ... optimizer and trainer state, and what describes the base.
+STATE = (
+    *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
+    *("events.out.*", "zero_to_fp32.py", "latest", "*_results.json"),
+    *("README.md", ".*", "mergekit_config.yml", MANIFEST),
+)
+NOT_ENTERED = (
+    *(".*", "checkpoint-*", "global_step*", "runs", "logs", "wandb", "__pycache__"),
+    *("onnx", "openvino", "coreml", "original"),
+)
+
+
+def write_companions(
+    plan: Plan, plan_dir: Path, base: Path, out: Path, layouts: Sequence[ShardLayout], sha256: Mapping[str, str]
+) -> dict[str, Any]:
+    """Complete the output directory around its shards; returns the manifest."""
+    for source in companion_files(base):
+        target = out / source.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source == base / CONFIG:
+            target.write_bytes(config_with_dtype(source.read_bytes(), _main_dtype(plan)))
+        else:
+            shutil.copyfile(source, target)
+    if len(layouts) > 1:
+        (out / INDEX).write_text(index_json(layouts), encoding="utf-8")
+    (out / "README.md").write_text(model_card(plan), encoding="utf-8")
+    manifest = _manifest(plan, plan_dir, sha256)
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def companion_files(base: Path) -> Iterator[Path]:
+    """Every file of the base that its output needs too, in a fixed order. Raises OSError for unreadable folders."""
+    modules = _modules(base)
+    seen: set[str] = set()  # links may go in circles
+    for directory, folders, files in os.walk(base, followlinks=True, onerror=_raise):
+        seen.add(os.path.realpath(directory))
+        inside = (Path(directory, folder) for folder in sorted(folders))
+        folders[:] = [
+            folder.name for folder in inside if _enters(folder, modules) and os.path.realpath(folder) not in seen
+        ]
+        denied = STATE if Path(directory) in modules else WEIGHTS_IN_ANY_FORM + STATE
+        yield from (Path(directory, name) for name in sorted(files) if not _matches(name, denied))
+
+
+def _enters(folder: Path, modules: Iterable[Path]) -> bool:
+    """Whether files of a folder go along: not those of another model that happens to lie there."""
+    if folder in modules:
+        return True
+    another = any((folder / name).exists() for name in (WEIGHTS, INDEX, "adapter_config.json"))
+    return not another and not _matches(folder.name, NOT_ENTERED)
+
+
+def _modules(base: Path) -> set[Path]:
+    """Folders of sentence-transformers' modules.json; none where there is no such file."""
+    try:
+        modules = json.loads((base / MODULES).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return set()
+    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    return {base / str(entry.get("path")) for entry in entries} - {base}
+
+
+def module_weights(base: Path) -> Iterator[Path]:
+    """Weights that lie in folders of their own, such as sentence-transformers' `2_Dense`: copied, not merged."""
+    return (file for file in companion_files(base) if _matches(file.name, WEIGHTS_IN_ANY_FORM))
+
+
+def unreadable(base: Path) -> Iterator[str]:
+    """A problem for each companion that cannot be copied, so that no merge fails at its end."""
+    for file in companion_files(base):
+        if not (file.is_file() and os.access(file, os.R_OK)):
+            yield f"{file}: cannot be read, and the output needs it too. Complete the download, or remove it"
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _main_dtype(plan: Plan) -> str | None:
+    """The float dtype that most elements of the output have; None where there are no floats."""
+    elements: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype in FLOAT_NAMES:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.output.elements
+    return FLOAT_NAMES[max(elements, key=lambda dtype: elements[dtype])] if elements else None
+
+
+def config_with_dtype(raw: bytes, dtype: str | None) -> bytes:
+    """config.json with every `dtype` and `torch_dtype` in it, at any depth, set to `dtype`; verbatim if they agree."""
+    config = json.loads(raw)
+    if dtype is None or not _set_dtype(config, dtype):
+        return raw
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(node: Any, dtype: str) -> bool:
+    """Set the dtype in place; returns whether anything changed."""
+    changed = False
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            name = value.removeprefix("torch.")
+            if name in DTYPE_WORDS and name != dtype:
+                node[key] = dtype
+                changed = True
+        else:
+            changed |= _set_dtype(value, dtype)
+    for value in node if isinstance(node, list) else ():
+        changed |= _set_dtype(value, dtype)
+    return changed
+
+
+def _manifest(plan: Plan, plan_dir: Path, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """What is in the output and where it came from; nothing about this machine's directories."""
+    inputs = [entry.model_dump(exclude={"path"}) | {"model": model_name(entry.path)} for entry in plan.inputs]
+    return {
+        "format": "cpimerge manifest",
+        "version": 1,
+        "cpimerge": plan.cpimerge,
+        "plan_xxh3": plan_hash(plan_dir),
+        "recipe": recipe_without_places(plan),
+        "inputs": inputs,
+        "stages": plan.stages,
+        "backbone": plan.backbone,
+        "shards": {filename: {"sha256": digest} for filename, digest in sha256.items()},
+        "tensors": {tensor.name: disposition(tensor) for tensor in plan.tensors},
+    }
+
+
+def disposition(tensor: TensorPlan) -> dict[str, Any]:
+    """What was done to a tensor; `transplanted` is the share of its elements in any core, angles are degrees."""
+    if tensor.blend is None:
+        return {"action": tensor.action}
+    return {
+        "action": "slerp" if tensor.blend.slerped else "lerp",
+        "transplanted": tensor.claimed / max(1, tensor.output.elements),
+        "angles": tensor.blend.angles,
+    }

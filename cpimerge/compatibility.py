@@ -1,0 +1,128 @@
+"""Whether a checkpoint can be merged onto a base, as far as headers and small files tell; and what is worth a note."""
+
+from __future__ import annotations
+
+import difflib
+import filecmp
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from .checkpoint import CONFIG, FLOAT_NAMES, REFUSED_BYTES, Checkpoint, TensorInfo
+
+__all__ = ["differences", "notes", "refused_dtypes"]
+
+# Keys of config.json that may differ without any effect on what the weights mean.
+COSMETIC_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+HEADS = ("lm_head", "embed_out", "output", "decoder")  # what models call the layer that may be tied to the embeddings
+EMBEDDINGS = ("embed", "wte", *HEADS)
+MAX_COMPARED_NAMES = 10_000  # pairs; beyond it a search for similar names takes too long
+
+
+def refused_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
+    """A problem for each dtype that cannot be merged."""
+    for dtype in REFUSED_BYTES:
+        names = [name for name, info in checkpoint.tensors.items() if info.dtype == dtype]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield (
+                f"{checkpoint.path}: tensor {names[0]!r}{more}: {dtype} cannot be merged. "
+                "Convert the checkpoint to bfloat16 or float32"
+            )
+
+
+def differences(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Every tensor of `other` that does not fit the base in name, shape or kind of dtype; in the order of the names."""
+    missing = [name for name in base.tensors if name not in other.tensors]
+    extra = [name for name in other.tensors if name not in base.tensors]
+    if prefix := _prefix(missing, extra):
+        yield _renamed(base, other, ("", prefix), len(missing))
+        missing, extra = [], [name for name in extra if name.removeprefix(prefix) not in base.tensors]
+    elif prefix := _prefix(extra, missing):
+        yield _renamed(base, other, (prefix, ""), len(extra))
+        missing, extra = [name for name in missing if name.removeprefix(prefix) not in other.tensors], []
+    similar = extra if len(missing) * len(extra) <= MAX_COMPARED_NAMES else []
+    yield from (_missing(base, other, name, similar) for name in missing)
+    yield from (_extra(base, other, name) for name in extra)
+    for name, expected in base.tensors.items():
+        if name in other.tensors and not _fit(expected, other.tensors[name]):
+            yield _mismatch(base, other, name)
+
+
+def _prefix(short: Sequence[str], long: Sequence[str]) -> str:
+    """What stands before every name of `short` in `long`, such as `bert.`; "" where nothing does."""
+    names = set(long)
+    for name in long if len(short) > 1 else ():
+        prefix = name.removesuffix(short[0])
+        if prefix.endswith(".") and prefix != name and all(prefix + other in names for other in short):
+            return prefix
+    return ""
+
+
+def _renamed(base: Checkpoint, other: Checkpoint, prefixes: tuple[str, str], count: int) -> str:
+    ours, theirs = prefixes
+    return (
+        f"{other.path}: {count} tensors are called {theirs + 'X'!r} where {base.path} has {ours + 'X'!r}. "
+        "Save both from the same model class"
+    )
+
+
+def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[str]) -> str:
+    where = f"{other.path}: tensor {name!r}: missing, though {base.path} has it. "
+    if _is_head(name) and other.ties_embeddings:
+        if base.ties_embeddings:
+            return where + "Both configs tie it to the embeddings: load the base with transformers and save it without"
+        return where + "Its config ties it to the embeddings: save the model untied, or merge onto a tied base"
+    close = difflib.get_close_matches(name, similar, 1, 0.8)
+    return where + (f"It has {close[0]!r} instead" if close else "It is no fine-tune of this base as it stands")
+
+
+def _extra(base: Checkpoint, other: Checkpoint, name: str) -> str:
+    where = f"{other.path}: tensor {name!r}: not in {base.path}. "
+    if _is_head(name) and base.ties_embeddings:
+        if other.ties_embeddings:
+            return where + "Both configs tie it to the embeddings: load the model with transformers and save it without"
+        return where + "The base's config ties it to the embeddings: save the model tied, or merge onto an untied base"
+    return where + "Remove it from the checkpoint, or merge onto a base that has it"
+
+
+def _is_head(name: str) -> bool:
+    return name.removesuffix(".weight").rsplit(".", 1)[-1] in HEADS
+
+
+def _fit(expected: TensorInfo, got: TensorInfo) -> bool:
+    same_kind = expected.dtype == got.dtype or (expected.is_float and got.is_float)
+    refused = {expected.dtype, got.dtype} & REFUSED_BYTES.keys()  # a problem of its own
+    return expected.shape == got.shape and bool(same_kind or refused)
+
+
+def _mismatch(base: Checkpoint, other: Checkpoint, name: str) -> str:
+    expected, got = base.tensors[name], other.tensors[name]
+    where = f"{other.path}: tensor {name!r}: expected {_kind(expected)} (as in {base.path}), got {_kind(got)}. "
+    if expected.shape == got.shape:
+        return where + "Save it with the base's dtype"
+    if expected.shape[1:] == got.shape[1:] and any(word in name for word in EMBEDDINGS):
+        rows = f"{expected.shape[0]} rows"
+        return where + f"Its vocabulary was resized: give it {rows} again (transformers: resize_token_embeddings)"
+    return where + "It is no fine-tune of this base as it stands"
+
+
+def _kind(info: TensorInfo) -> str:
+    return f"{FLOAT_NAMES.get(info.dtype, info.dtype)} {list(info.shape)}"
+
+
+def notes(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """What differs and can be merged all the same. Raises OSError where a tokenizer file cannot be read."""
+    pairs = ((info, other.tensors[name]) for name, info in base.tensors.items() if name in other.tensors)
+    mixed = Counter((ours.dtype, theirs.dtype) for ours, theirs in pairs if ours.is_float and theirs.is_float)
+    for (expected, got), count in mixed.items():
+        if expected != got:
+            yield f"{other.path}: {count} tensors are {FLOAT_NAMES[got]} where the base has {FLOAT_NAMES[expected]}"
+    keys = sorted((base.config.keys() | other.config.keys()) - COSMETIC_CONFIG)
+    differing = [key for key in keys if base.config.get(key) != other.config.get(key)]
+    if base.config and other.config and differing:
+        yield f"{other.path}: {CONFIG} differs from the base's in {', '.join(differing)}; the output takes the base's"
+    for name in TOKENIZER_FILES:
+        ours, theirs = base.path / name, other.path / name
+        if ours.is_file() and theirs.is_file() and not filecmp.cmp(ours, theirs, shallow=False):
+            yield f"{other.path}: {name} differs from the base's; the output takes the base's"

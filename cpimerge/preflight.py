@@ -1,0 +1,285 @@
+"""Compares the headers of all checkpoints with each other and with the recipe, before any tensor data is read.
+
+Every problem of every checkpoint is found at once. What passes comes out as `Inputs`: the tensors to merge, with the
+recipe's numbers settled for each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import FLOAT_NAMES, Checkpoint, TensorInfo, collect, is_unicode, layer_of, open_checkpoint
+from .companions import module_weights, unreadable
+from .compatibility import differences, notes, refused_dtypes
+from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
+from .recipe import Recipe, Setting, Task, matches
+
+__all__ = ["Inputs", "TensorSpec", "check", "pools"]
+
+HEADER_DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of the merge: where it lies in every checkpoint, and the recipe's numbers for it.
+
+    `sources` follow `Inputs.checkpoints`; `density`, `weight` and `t` follow the recipe's tasks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorInfo, ...]
+    dtype: str  # of the output, as safetensors spells it
+    eligible: bool  # may have cores: floating-point and not excluded
+    density: tuple[Fraction, ...]
+    weight: tuple[Fraction, ...]
+    t: tuple[Fraction | None, ...]
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.name)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.sources[0].is_float
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of this tensor in all checkpoints together."""
+        return sum(info.nbytes for info in self.sources)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a merge reads. `checkpoints`: the base, each task in recipe order, then the backbone if it is a path."""
+
+    recipe: Recipe
+    names: tuple[str, ...]  # of `checkpoints`: "base", the tasks' names, "backbone"
+    checkpoints: tuple[Checkpoint, ...]
+    tensors: tuple[TensorSpec, ...]  # natural-sorted by name
+    notes: tuple[str, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in all checkpoints."""
+        return sum(spec.source_bytes for spec in self.tensors)
+
+    @property
+    def first_member(self) -> int:
+        """Where the members of the blend begin among `checkpoints`: after the base, unless it is the backbone."""
+        return 0 if self.recipe.backbone == "base" else 1
+
+
+@dataclass
+class _Findings:
+    """Problems by who must act, in the order found, and notes."""
+
+    recipe: list[str] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+    incompatible: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def raise_any(self) -> None:
+        """Raise one error with every problem; its class is that of the first kind present."""
+        everything = self.recipe + self.checkpoints + self.incompatible
+        kinds: list[tuple[list[str], type[CpimergeError]]] = [
+            (self.recipe, RecipeError),
+            (self.checkpoints, CheckpointError),
+            (self.incompatible, IncompatibleError),
+        ]
+        for problems, kind in kinds:
+            if problems:
+                raise kind(everything)
+
+
+def check(recipe: Recipe) -> Inputs:
+    """Open and compare everything that the recipe names; reads headers only.
+
+    Raises RecipeError, CheckpointError or IncompatibleError, listing all problems of all checkpoints at once.
+    """
+    findings = _Findings()
+    paths = _paths(recipe)
+    opened = {path: _open(path, findings) for path in dict.fromkeys(paths.values())}
+    base = opened[recipe.base]
+    if base is not None:
+        _check_base(base, recipe, findings)
+        for other in opened.values():
+            if other is not None and other is not base:
+                _compare(base, other, findings)
+    findings.raise_any()
+    checkpoints = {name: found for name, path in paths.items() if (found := opened[path]) is not None}
+    tensors = tuple(_specs(recipe, checkpoints))
+    findings.recipe.extend(_budget_problems(recipe, tensors))
+    findings.recipe.extend(_weight_problems(recipe, tensors))
+    findings.raise_any()
+    return Inputs(recipe, tuple(checkpoints), tuple(checkpoints.values()), tensors, tuple(findings.notes))
+
+
+def _paths(recipe: Recipe) -> dict[str, Path]:
+    """Name -> directory of every checkpoint, in the order of `Inputs.checkpoints`."""
+    paths = {"base": recipe.base} | {task.name: task.path for task in recipe.tasks}
+    return paths | ({"backbone": recipe.backbone} if isinstance(recipe.backbone, Path) else {})
+
+
+def _open(path: Path, findings: _Findings) -> Checkpoint | None:
+    if not is_unicode(str(path)):
+        findings.checkpoints.append(f"{str(path)!r}: is not Unicode, so the plan cannot name it. Rename the directory")
+        return None
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        findings.checkpoints.extend(error.problems)
+        return None
+    findings.checkpoints.extend(refused_dtypes(checkpoint))
+    return checkpoint
+
+
+def _check_base(base: Checkpoint, recipe: Recipe, findings: _Findings) -> None:
+    """What only the base must do: have the tensors that filters speak of, and give the output its other files."""
+    findings.recipe.extend(_filter_problems(recipe, list(base.tensors)))
+    with collect(base.path, findings.checkpoints):
+        findings.checkpoints.extend(unreadable(base.path))
+        findings.notes.extend(
+            f"{file}: weights of another module, which are not merged; the output takes the base's"
+            for file in module_weights(base.path)
+        )
+
+
+def _compare(base: Checkpoint, other: Checkpoint, findings: _Findings) -> None:
+    findings.incompatible.extend(differences(base, other))
+    with collect(other.path, findings.checkpoints):
+        findings.notes.extend(notes(base, other))
+
+
+def _filter_problems(recipe: Recipe, names: list[str]) -> Iterator[str]:
+    """A filter that matches no tensor is a mistake: name the nearest."""
+    for key, filter, line in sorted(_filters(recipe), key=lambda found: found[2]):
+        if not any(matches(filter, name) for name in names):
+            where = f"{recipe.file or 'recipe'}:{line}: {key}"
+            yield f"{where}: filter {filter!r} matches no tensor of the base; {_nearest(filter, names)}"
+
+
+def _filters(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
+    """(key, filter, line) of every filter in the recipe."""
+    for name in ("density", "weight", "t"):
+        for key, setting in _settings(recipe, name):
+            for rule in setting.rules:
+                if rule.filter is not None:
+                    yield key, rule.filter, rule.line
+    for exclude in recipe.exclude:
+        yield "parameters.exclude", exclude.filter, exclude.line
+
+
+def _settings(recipe: Recipe, name: str) -> Iterator[tuple[str, Setting]]:
+    """The recipe's own setting called `name`, then the tasks', each with its key as the recipe writes it."""
+    owners: list[tuple[str, Recipe | Task]] = [("", recipe)]
+    owners += [(f"models[{number}].", task) for number, task in enumerate(recipe.tasks)]
+    for prefix, owner in owners:
+        setting: Setting | None = getattr(owner, name)
+        if setting is not None:
+            yield f"{prefix}parameters.{name}", setting
+
+
+def _nearest(filter: str, names: Iterable[str]) -> str:
+    """The name, or dotted part of a name, that looks most like `filter`."""
+    words = dict.fromkeys(part for name in names for part in (name, *name.split(".")))
+    close = difflib.get_close_matches(filter.strip("*"), words, 1, 0.6)
+    return f"did you mean {close[0]!r}?" if close else f"the first is {next(iter(words))!r}"
+
+
+def _specs(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> Iterator[TensorSpec]:
+    base = checkpoints["base"]
+    depth = _depths(base.tensors)
+    for name, info in base.tensors.items():
+        excluded = any(matches(exclude.filter, name) for exclude in recipe.exclude)
+
+        def settled(of: Callable[[Task, str, Fraction], Any], name: str = name) -> tuple[Any, ...]:
+            return tuple(of(task, name, depth[name]) for task in recipe.tasks)
+
+        yield TensorSpec(
+            name=name,
+            shape=info.shape,
+            sources=tuple(checkpoint.tensors[name] for checkpoint in checkpoints.values()),
+            dtype=HEADER_DTYPES[recipe.dtype] if recipe.dtype and info.is_float else info.dtype,
+            eligible=info.is_float and not excluded,
+            density=settled(recipe.density_of),
+            weight=settled(recipe.weight_of),
+            t=settled(recipe.t_of),
+        )
+
+
+def _depths(names: Iterable[str]) -> dict[str, Fraction]:
+    """Where each tensor lies between the first layer (0) and the last (1) of its stack; 0 outside the layers.
+
+    As in mergekit, where a gradient's first value serves all that is not in a layer.
+    """
+    layer_numbers: dict[str, tuple[str, int]] = {}
+    for name in names:
+        *stack, number = layer_of(name).rstrip(".").split(".")
+        layer_numbers[name] = (".".join(stack), int(number) if number else 0)
+    last: dict[str, int] = {}
+    for place, depth in layer_numbers.values():
+        last[place] = max(last.get(place, 0), depth)
+    return {name: Fraction(depth, last[place] or 1) for name, (place, depth) in layer_numbers.items()}
+
+
+def _budget_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[str]:
+    """Tensors that share a budget must have one density for each task."""
+    uneven: dict[tuple[str, int], dict[str, None]] = {}  # key and line of the setting -> pools, in order
+    for (_, pool_name), pool in pools(tensors, recipe.scope).items():
+        for number in range(len(recipe.tasks)):
+            if len({spec.density[number] for spec in pool}) > 1:
+                uneven.setdefault(_density_place(recipe, number), {})[pool_name] = None
+    for (key, line), names in uneven.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield (
+            f"{recipe.file or 'recipe'}:{line}: {key}: differs within {next(iter(names))}{more}, where scope: "
+            f"{recipe.scope} has one budget. Write scope: tensor, or one density there"
+        )
+
+
+def _density_place(recipe: Recipe, number: int) -> tuple[str, int]:
+    """Key and line of the density that decides for a task: its own, else the recipe's."""
+    settings = dict(_settings(recipe, "density"))
+    own, shared = f"models[{number}].parameters.density", "parameters.density"
+    key = own if own in settings else shared
+    return key, settings[key].rules[0].line
+
+
+def _weight_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[str]:
+    """Equal shares of nothing: all weights 0, with a backbone that is a task."""
+    backbone_weighs = recipe.backbone == "base" or isinstance(recipe.backbone, Path)
+    weightless = [spec.name for spec in tensors if spec.is_float and not any(spec.weight)]
+    if not weightless or backbone_weighs:
+        return
+    key, setting = next(_settings(recipe, "weight"))
+    more = f" and {len(weightless) - 1} more" if len(weightless) > 1 else ""
+    yield (
+        f"{recipe.file or 'recipe'}:{setting.rules[0].line}: {key}: every task's weight is 0 for tensor "
+        f"{weightless[0]!r}{more}. Give one of the tasks a weight there"
+    )
+
+
+def pools(tensors: Iterable[TensorSpec], scope: str) -> dict[tuple[str, str], list[TensorSpec]]:
+    """The tensors by the budget they share (METHOD §1): each its own, a layer's, or the whole model's.
+
+    Tensors without cores are their own pools under every scope. Keys are the kind of pool and its name.
+    """
+    result: dict[tuple[str, str], list[TensorSpec]] = {}
+    for spec in tensors:
+        layer = repr(spec.layer) if spec.layer else "the tensors outside the layers"
+        shared = {"tensor": repr(spec.name), "layer": layer, "global": "the model"}[scope]
+        key = (scope, shared) if spec.eligible else ("tensor", repr(spec.name))
+        result.setdefault(key, []).append(spec)
+    return result

@@ -1,0 +1,257 @@
+"""Tables and sentences for people; rich renderables, made from results and nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .budget import format_size
+
+if TYPE_CHECKING:
+    from .estimate import Needs
+    from .plan_file import Blend, Pair, Plan
+
+__all__ = ["fuse_report", "needs_report", "plan_report", "plan_summary", "printable", "render"]
+
+MATRIX_TASKS = 10  # what fits 80 columns; more are listed pair by pair
+LISTED_PAIRS = 20
+HALF_PRECISION = ("BF16", "F16")
+Titled = tuple[Text, Table]
+WIDE = 10_000  # columns where nothing limits them
+NARROW = 80  # columns at least: a table that a terminal wraps is better than numbers cut short
+
+
+def printable(text: object) -> str:
+    """`text` on one line, its control and other invisible characters escaped: names come from files."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in str(text)
+    )
+
+
+def render(renderables: Iterable[RenderableType], width: int | None, color: bool) -> str:
+    """As text: tables within `width` columns (None: as wide as they like), lines unbroken; nothing is markup."""
+    columns = WIDE if width is None else max(width, NARROW)
+    console = Console(
+        file=io.StringIO(), width=columns, force_terminal=color, markup=False, emoji=False, highlight=False
+    )
+    with console.capture() as captured:
+        for renderable in renderables:
+            console.print(renderable, soft_wrap=not isinstance(renderable, Table))
+    return captured.get()
+
+
+def needs_report(needs: Needs) -> str:
+    """What the run will need in memory, disk and time: a line for each phase."""
+    again = needs.read_bytes - needs.input_bytes
+    reads = f"reads {format_size(needs.input_bytes)}" + (f" and {format_size(again)} again" if again else "")
+    threads = f"{needs.threads} thread" + ("s" if needs.threads > 1 else "")
+    return (
+        f"plan: {reads}, writes at most {format_size(needs.plan_bytes)}, computes for {_seconds(needs.plan_seconds)}\n"
+        f"fuse: writes {format_size(needs.output_bytes)}, computes for {_seconds(needs.fuse_seconds)}\n"
+        f"both: on {threads}, in at most {format_size(needs.memory_bytes)} of memory"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return "less than 1 s"
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+
+
+def plan_report(plan: Plan) -> Iterator[RenderableType]:
+    """What the plan found: tasks, sparsity, overlaps, stages, blends; then what to think of it."""
+    sections: list[Iterable[RenderableType]] = [_tasks_table(plan), _sparsity_table(plan)]
+    if plan.pairs:
+        sections.append(_overlap_matrix(plan) if len(plan.tasks) <= MATRIX_TASKS else _overlap_list(plan))
+    for section in (*sections, _stage_lines(plan), _blend_table(plan)):
+        yield from section
+        yield ""
+    yield from (f"note: {line}" for line in (*_remarks(plan), *map(printable, plan.notes)))
+
+
+def _titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Titled:
+    """A table under its title. The second column holds names, which may fold; the others hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    for number, heading in enumerate(headings):
+        name = number == 1
+        table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return Text(title, "bold"), table
+
+
+def share(count: int, of: int) -> str:
+    """`count` / `of` in per cent; only 0 is 0% and only all is 100%."""
+    if count in (0, of):
+        return "100%" if count else "0%"
+    percent = 100 * count / of
+    return "<0.01%" if percent < 0.01 else ">99.99%" if percent > 99.99 else f"{percent:.2f}%"
+
+
+def _tasks_table(plan: Plan) -> Titled:
+    rows = [
+        (
+            str(number),
+            printable(task.name),
+            share(task.changed, task.elements),
+            f"{task.core:,}",
+            f"{task.mean_in:.3g}",
+            f"{task.mean_out:.3g}",
+        )
+        for number, task in enumerate(plan.tasks, 1)
+    ]
+    headings = ("#", "task", "changed", "core", "|Δ| in core", "|Δ| outside")
+    return _titled(f"Tasks: {plan.tasks[0].elements:,} elements, mean update |Δ|", headings, rows)
+
+
+def _sparsity_table(plan: Plan) -> Titled:
+    """METHOD §6, with both dtypes beside it."""
+    base = _dtypes(tensor.base_dtype for tensor in plan.tensors if tensor.tasks)
+    rows = []
+    for number, task in enumerate(plan.tasks, 1):
+        counts = (task.elements - task.changed, task.near, task.rounding)
+        own = _dtypes(tensor.tasks[task.name].dtype for tensor in plan.tensors if tensor.tasks)
+        shares = (share(count, task.elements) for count in counts)
+        rows.append((str(number), printable(task.name), *shares, own, base))
+    headings = ("#", "task", "|Δ| = 0", "≤ 1e-5", "≤ ½ ulp", "dtype", "base")
+    return _titled("Update sparsity: share of elements", headings, rows)
+
+
+def _dtypes(dtypes: Iterable[str]) -> str:
+    return "/".join(sorted(set(dtypes)))
+
+
+def _overlap_matrix(plan: Plan) -> Titled:
+    """The Jaccard index above the diagonal, lift below it."""
+    cells: dict[tuple[str, str], str] = {}
+    for pair in plan.pairs:
+        cells[pair.a, pair.b] = share(pair.shared, pair.union)
+        cells[pair.b, pair.a] = _lift(pair)
+    names = [task.name for task in plan.tasks]
+    rows = [(str(number), printable(a), *(cells.get((a, b), "·") for b in names)) for number, a in enumerate(names, 1)]
+    headings = ("#", "task", *map(str, range(1, len(names) + 1)))
+    title, table = _titled("Overlap of cores: Jaccard index above the diagonal, × chance below", headings, rows)
+    table.padding = (0, 0)
+    table.columns[1].overflow = "ellipsis"  # the tables above have the whole names
+    return title, table
+
+
+def _overlap_list(plan: Plan) -> Titled:
+    pairs = sorted(plan.pairs, key=lambda pair: -pair.jaccard)[:LISTED_PAIRS]
+    numbers = {task.name: str(number) for number, task in enumerate(plan.tasks, 1)}
+    rows = [
+        (f"{numbers[p.a]}, {numbers[p.b]}", f"{printable(p.a)}, {printable(p.b)}", share(p.shared, p.union), _lift(p))
+        for p in pairs
+    ]
+    more = f" ({len(pairs)} highest of {len(plan.pairs)} pairs)" if len(pairs) < len(plan.pairs) else ""
+    return _titled(f"Overlap of cores{more}", ("#", "tasks", "Jaccard", "× chance"), rows)
+
+
+def _lift(pair: Pair) -> str:
+    if pair.lift is None:
+        return "–"
+    return f"×{pair.lift:,.0f}" if pair.lift >= 100 else f"×{pair.lift:.1f}"
+
+
+def _stage_lines(plan: Plan) -> Iterator[str]:
+    found = _groups(plan)
+    settled = sorted(sorted(stage) for stage in plan.stages) == sorted(sorted(group) for group in found)
+    tau = f"tau = {plan.settings.tau:g}"
+    yield f"Stages: {f'groups of cores that overlap by {tau} or more' if settled else 'as the recipe states them'}"
+    yield from (f" {number}  {_names(stage, ', ')}" for number, stage in enumerate(plan.stages, 1))
+    if not settled:
+        yield f"By overlap ({tau}) the groups would be: {'  '.join('{' + _names(group, ', ') + '}' for group in found)}"
+    yield f"Backbone: {printable(plan.backbone)}   Fold: {_names(plan.fold, ' ← ')}"
+
+
+def _names(names: Iterable[str], joint: str) -> str:
+    return joint.join(map(printable, names))
+
+
+def _groups(plan: Plan) -> list[list[str]]:
+    """The groups that follow from overlap alone, whatever stages the recipe states."""
+    import numpy as np
+
+    from .overlap import groups
+
+    place = {task.name: number for number, task in enumerate(plan.tasks)}
+    counts = np.diag([task.core for task in plan.tasks])
+    for pair in plan.pairs:
+        a, b = place[pair.a], place[pair.b]
+        counts[a, b] = counts[b, a] = pair.shared
+    found = groups(counts, Fraction(str(plan.settings.tau)))
+    return [[plan.tasks[task].name for task in group] for group in found]
+
+
+def _blend_table(plan: Plan) -> Titled:
+    """How many tensors are blended by what, with the angles between what is blended."""
+    actions = plan.actions
+    rows = [(f"{actions[action]:,}", action, *_blend_cells(blends)) for action, blends in _blends(plan).items()]
+    rows.append((f"{actions['identical']:,}", "identical, copied"))
+    rows.append((f"{actions['copy']:,}", "not floats, copied"))
+    headings = ("tensors", "outside the cores", "slerp steps", "angle min", "mean", "max")
+    return _titled("Blend", headings, rows)
+
+
+def _blends(plan: Plan) -> dict[str, list[Blend]]:
+    blends = [tensor.blend for tensor in plan.tensors if tensor.blend is not None]
+    return {"slerp": [b for b in blends if b.slerped], "lerp": [b for b in blends if not b.slerped]}
+
+
+def _blend_cells(blends: Sequence[Blend]) -> Iterator[str]:
+    """Steps that were slerp, and the smallest, mean (over tensors) and largest angle, where there are any."""
+    if blends:
+        yield f"{sum(blend.slerped for blend in blends):,} of {sum(blend.steps for blend in blends):,}"
+    known = [angles for blend in blends if (angles := [angle for angle in blend.angles if angle is not None])]
+    if known:
+        means = [angles[1] if blends[0].coefficients is None else sum(angles) / len(angles) for angles in known]
+        for angle in (min(map(min, known)), sum(means) / len(means), max(map(max, known))):
+            yield f"{angle:.2f}°"
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    """What the numbers mean, where it is easily overlooked."""
+    highest = max(plan.pairs, key=lambda pair: pair.jaccard, default=None)
+    if highest is not None and highest.jaccard < plan.settings.tau:
+        most = share(highest.shared, highest.union)
+        yield f"no two cores overlap by tau = {plan.settings.tau:g} (at most {most}), so overlap groups nothing"
+    blends = [tensor.blend for tensor in plan.tensors if tensor.blend is not None]
+    if any(blend.steps for blend in blends) and not any(blend.slerped for blend in blends):
+        hint = ". Updates hardly ever are: try space: delta" if plan.settings.space == "weights" else ""
+        yield f"what is blended is so nearly parallel (or zero) that every slerp is in effect a lerp{hint}"
+    if len(plan.fold) == 1:
+        yield f"nothing is blended: outside the cores the result is {printable(plan.backbone)}"
+    if not any(task.core for task in plan.tasks):
+        yield "no task has a core: nothing is transplanted"
+    for task in plan.tasks:
+        if 0 < task.core == task.changed:
+            yield f"{printable(task.name)}: every element that changed is in the core"
+    dtypes = {info.dtype for tensor in plan.tensors for info in tensor.tasks.values()}
+    if dtypes.intersection(HALF_PRECISION):
+        yield "stored in 16 bits, an update below ½ ulp is lost: part of |Δ| = 0 is rounding, not sparsity"
+
+
+def plan_summary(plan: Plan, needs: Needs) -> dict[str, Any]:
+    """The plan for machines: plan.json without the recipe and the tensors, of which it gives the counts."""
+    return plan.model_dump(exclude={"tensors", "recipe"}) | {"actions": dict(plan.actions), "needs": needs.as_dict()}
+
+
+def fuse_report(manifest: Mapping[str, Any], out: object) -> str:
+    """Where the model is and what it was made of, in one line."""
+    tensors = manifest["tensors"].values()
+    counts = {action: sum(tensor["action"] == action for tensor in tensors) for action in ACTIONS}
+    parts = ", ".join(f"{count:,} {ACTIONS[action]}" for action, count in counts.items() if count)
+    files = len(manifest["shards"])
+    return f"fused: {printable(out)}   {files} file{'s' * (files > 1)}; tensors: {parts}"
+
+
+ACTIONS = {"slerp": "slerp", "lerp": "lerp", "identical": "identical everywhere", "copy": "not floating-point"}

@@ -1,0 +1,288 @@
+"""Reading checkpoint directories, with safetensors' own reader as the oracle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import reference
+import torch
+from checkpoints import NAMES, save
+from files import stored_bytes, tensors, write_raw
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
+
+from cpimerge import CheckpointError, checkpoint
+from cpimerge.checkpoint import TensorInfo, layer_of, natural_key, open_checkpoint, read_header
+
+# --- names ------------------------------------------------------------------------------------------
+
+
+def test_natural_order() -> None:
+    ordered = [
+        "2.w",
+        "10.w",
+        "a",
+        "a.2",
+        "a.10",
+        "a.10.b",
+        "layers.007",
+        "layers.07",
+        "layers.7",
+        "layers.8",
+        "layersX",
+        "²",  # a digit to Python, no number
+    ]
+    shuffled = random.Random(0).sample(ordered, len(ordered))
+    assert sorted(shuffled, key=natural_key) == ordered
+
+
+@given(st.lists(st.integers(0, 10**30), unique=True), st.text("ab.", max_size=4))
+def test_natural_order_is_that_of_the_numbers(numbers: list[int], prefix: str) -> None:
+    found = sorted((f"{prefix}x.{n}.w" for n in numbers), key=natural_key)
+    assert found == [f"{prefix}x.{n}.w" for n in sorted(numbers)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.3.mlp.weight", "model.layers.3."),
+        ("model.layers.3.experts.7.w", "model.layers.3."),
+        ("h.0", "h.0."),
+        ("0", "0."),
+        ("model.embed.weight", ""),
+        ("model.layer3.w", ""),
+        ("model.3x.w", ""),
+        ("layers.3\n", ""),
+        ("layers.².w", ""),
+        ("layers..3.w", "layers..3."),
+        ("", ""),
+    ],
+)
+def test_layer_of(name: str, layer: str) -> None:
+    assert layer_of(name) == layer
+
+
+@given(st.text("a1.\n", max_size=8))
+def test_layer_is_the_references(name: str) -> None:
+    assert layer_of(name) == reference.layer(name)
+
+
+# --- one file ---------------------------------------------------------------------------------------
+
+
+@given(tensors(min_size=0), st.booleans(), st.data())
+def test_headers_are_read_as_safetensors_reads_them(
+    content: dict[str, torch.Tensor], metadata: bool, data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "model.safetensors")
+        save_file(content, file, metadata={"format": "pt", "a": "1"} if metadata else None)
+        shard = read_header(file)
+        assert shard.size == file.stat().st_size
+        found = {info.name: info for info in shard.tensors}
+        with safe_open(file, "pt") as expected:
+            assert found.keys() == set(expected.keys())
+            for name, info in found.items():
+                assert info.dtype == expected.get_slice(name).get_dtype()
+                assert list(info.shape) == expected.get_slice(name).get_shape()
+                check_bytes(info, stored_bytes(expected.get_tensor(name)), data)
+
+
+def check_bytes(info: TensorInfo, expected: bytes, data: st.DataObject) -> None:
+    """Any part of a tensor can be read, in however many calls the system wants."""
+    assert (info.nbytes, info.elements * info.item_bytes) == (len(expected), len(expected))
+    start = data.draw(st.integers(0, len(expected)))
+    buffer = bytearray(data.draw(st.integers(0, len(expected) - start)))
+    with mock.patch.object(checkpoint, "MAX_READ_BYTES", 3):
+        info.read_into(memoryview(buffer), start)
+    assert buffer == expected[start : start + len(buffer)]
+
+
+def test_a_header_is_known_by_its_hash(tmp_path: Path) -> None:
+    def digest(name: str, value: float) -> str:
+        save_file({name: torch.full((2,), value)}, tmp_path / "file")
+        return read_header(tmp_path / "file").header_xxh3
+
+    assert digest("w", 1) == digest("w", 2)
+    assert digest("w", 1) != digest("v", 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-3]), "the file ended 3 bytes early. It changed during the "),
+        (lambda file: file.unlink(), "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_changes_during_the_run(tmp_path: Path, spoil: Any, fault: str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(4)}, file)
+    (info,) = read_header(file).tensors
+    spoil(file)
+    with pytest.raises(CheckpointError) as error:
+        info.read_into(memoryview(bytearray(16)), 0)
+    assert str(error.value).startswith(f"{file}: tensor 'w': {fault}")
+
+
+# Whatever safetensors refuses is refused here too, and as a CheckpointError.
+
+GOOD = to_bytes({"a.w": torch.ones(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.ones(0)}, {"k": "v"})
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        0,
+        -1,
+        1.0,
+        2**63,
+        2**64,
+        10**400,
+        "x",
+        "F32",
+        "\ud800",
+        [],
+        [0],
+        [0, 8],
+        [8, 0],
+        [[0]],
+        {},
+        {"dtype": 1},
+    ]
+)
+
+
+def accepts(file: Path) -> bool:
+    try:
+        with safe_open(file, "np"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def check_verdict(file: Path) -> None:
+    problems: tuple[str, ...] = ()
+    try:
+        read_header(file)
+    except CheckpointError as error:
+        problems = error.problems
+    assert all(problem.startswith(f"{file}: ") for problem in problems)
+    assert problems or accepts(file)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 255), st.sampled_from(["change", "cut", "insert", "append"]))
+def test_damaged_bytes(place: int, byte: int, damage: str) -> None:
+    new = {
+        "change": GOOD[:place] + bytes([byte]) + GOOD[place + 1 :],
+        "cut": GOOD[:place],
+        "insert": GOOD[:8] + bytes([byte]) + GOOD[8:],
+        "append": GOOD + bytes([byte]),
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "model.safetensors")
+        file.write_bytes(new[damage])
+        check_verdict(file)
+
+
+@given(st.sampled_from(["a.w", "b", "c", "__metadata__"]), st.sampled_from(["dtype", "shape", "data_offsets"]), ODD)
+def test_damaged_values(name: str, key: str, value: object) -> None:
+    header = json.loads(GOOD[8 : 8 + int.from_bytes(GOOD[:8], "little")])
+    data = GOOD[8 + int.from_bytes(GOOD[:8], "little") :]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "model.safetensors")
+        for damaged in (
+            header | {name: value},
+            header | {name: header[name] | {key: value}},
+            header | {f"{name}{key}": value},
+            {entry: content for entry, content in header.items() if entry != name},
+        ):
+            check_verdict(write_raw(file, damaged, data))
+
+
+# --- directories ------------------------------------------------------------------------------------
+
+
+def model() -> dict[str, torch.Tensor]:
+    return {name: torch.full((2, i + 1), float(i)) for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_shards_make_one_checkpoint(tmp_path: Path, shards: int) -> None:
+    expected = model()
+    found = open_checkpoint(save(tmp_path / "m", expected, shards=shards))
+    assert len(found.shards) == shards
+    assert list(found.tensors) == [
+        "lm_head.weight",
+        "model.embed.weight",
+        "model.layers.2.mlp.bias",
+        "model.layers.2.mlp.weight",
+        "model.layers.2.norm",
+        "model.layers.10.mlp.weight",
+        "model.layers.10.norm",
+    ]
+    assert found.nbytes == sum(tensor.nbytes for tensor in expected.values())
+    for name, info in found.tensors.items():
+        buffer = bytearray(info.nbytes)
+        info.read_into(memoryview(buffer), 0)
+        assert buffer == stored_bytes(expected[name])
+
+
+def test_one_file_is_preferred_to_an_index(tmp_path: Path) -> None:
+    save(tmp_path / "m", model(), shards=2)
+    save(tmp_path / "m", {"w": torch.ones(1)})
+    assert list(open_checkpoint(tmp_path / "m").tensors) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": "no"}, False),
+        ({}, False),
+    ],
+)
+def test_config(tmp_path: Path, config: dict[str, Any], tied: bool) -> None:
+    found = open_checkpoint(save(tmp_path / "m", {"w": torch.ones(1)}, config=config))
+    assert (found.config, found.ties_embeddings) == (config, tied)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    save(tmp_path / "m", {"w": torch.ones(1)})
+    (tmp_path / "m" / "config.json").unlink()
+    assert open_checkpoint(tmp_path / "m").config == {}
+
+
+def test_the_hub_caches_sha256(tmp_path: Path) -> None:
+    """Snapshots of the Hub's cache are links to blobs, which are called by their sha256 if they are large files."""
+    save(tmp_path / "plain", model(), shards=3)
+    blobs, snapshot = (tmp_path / "models--org--m" / part for part in ("blobs", "snapshots/abc"))
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    digests = []
+    for number, file in enumerate(sorted((tmp_path / "plain").iterdir())):
+        digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        blob = blobs / (digests[-1][:40] if number == 1 else digests[-1])  # small files are called by their git id
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    assert [path.name for path in sorted(snapshot.iterdir())][:2] == ["config.json", "model-00001-of-00003.safetensors"]
+    found = open_checkpoint(snapshot)
+    assert [shard.sha256 for shard in found.shards] == [None, *digests[2:4]]
+    assert list(found.tensors) == sorted(NAMES, key=natural_key)
+
+
+def test_other_files_have_no_sha256(tmp_path: Path) -> None:
+    name = hashlib.sha256().hexdigest()
+    save_file({"w": torch.ones(1)}, tmp_path / name)
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert read_header(tmp_path / name).sha256 is None
+    assert read_header(tmp_path / "model.safetensors").sha256 is None
