@@ -149,7 +149,7 @@ class Analysis:
         sound = True
         for surveyed in run(passes.survey, blocks):
             self._record(surveyed)
-            sound &= not surveyed.faults
+            sound &= not surveyed.faults and not surveyed.overflows
             if surveyed.histogram is not None:
                 histogram = surveyed.histogram if histogram is None else histogram + surveyed.histogram
         if not sound or not pool[0].is_float:
@@ -169,8 +169,12 @@ class Analysis:
         for known, new in zip(findings.digests, surveyed.digests, strict=True):
             known.extend(new)
         for checkpoint, place in surveyed.faults.items():
-            if (spec.name, checkpoint) not in self.problems:  # blocks come in order: the first is the first
-                self.problems[spec.name, checkpoint] = _fault(spec, self.inputs, checkpoint, place)
+            # Blocks come in order, so the first that is kept is the tensor's first.
+            self.problems.setdefault((spec.name, checkpoint), _fault(spec, self.inputs, checkpoint, place))
+        for checkpoint, place in surveyed.overflows.items():
+            where = _where(spec, self.inputs, checkpoint, place)
+            text = f"{where} is so far from the base's value that their difference does not fit float32"
+            self.problems.setdefault((spec.name, checkpoint), f"{text}. Take another checkpoint")
 
     def _keep(self, settled: Settled) -> None:
         findings = self.findings[settled.spec.name]
@@ -228,12 +232,16 @@ def _limits(
 
 
 def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
-    where = f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
+    where = _where(spec, inputs, checkpoint, place)
     if spec.is_float:
         return f"{where} is NaN or Inf. Repair the checkpoint or take another; nothing can be merged with it"
     return (
         f"{where} differs from the base's ({spec.sources[0].dtype}). Tensors that are not floating-point must be equal"
     )
+
+
+def _where(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
+    return f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
 
 
 def _blocks(pool: Pool, granularity: str) -> list[Block]:

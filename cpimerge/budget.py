@@ -11,7 +11,8 @@ from .errors import ResourceError
 __all__ = ["Budget", "format_size", "parse_size", "usable_threads"]
 
 MB = 1_000_000
-# The interpreter with torch, numba and numpy loaded and kernels compiled; measured, see `make memory` in benchmarks.
+# What the interpreter allocates with torch, numba and numpy loaded and kernels compiled: 182 MB after the imports,
+# up to 235 MB in runs beside their chunks (RssAnon on Linux; tests/test_determinism.py samples it).
 RUNTIME_BYTES = 260 * MB
 DEFAULT_SHARED_BYTES = 400 * MB
 DEFAULT_THREAD_BYTES = 64 * MB
@@ -62,9 +63,10 @@ class Budget:
         if memory is not None:
             total = _size(memory)
         if total < least:
+            counted = "1 thread" if threads == 1 else f"{threads} threads"
             raise ResourceError(
-                f"memory: {format_size(total)} is too little for {threads} threads and this many models: "
-                f"at least {format_size(least)} is needed. {_way_out(threads, chunk_bytes)}"
+                f"memory: {format_size(total)} is too little for {counted} and this many models: "
+                f"at least {_rounded_up(least)} is needed. {_way_out(threads, chunk_bytes)}"
             )
         return cls(threads, (total - least) // threads, total)
 
@@ -79,4 +81,9 @@ def _size(memory: int | str) -> int:
 def _way_out(threads: int, chunk_bytes: int) -> str:
     if threads == 1:
         return "Raise the budget"
-    return f"Raise it, or use one thread ({format_size(RUNTIME_BYTES + chunk_bytes)})"
+    return f"Raise it, or use one thread ({_rounded_up(RUNTIME_BYTES + chunk_bytes)})"
+
+
+def _rounded_up(nbytes: int) -> str:
+    """In whole megabytes, such that the size named is enough."""
+    return f"{-(-nbytes // MB)} MB"

@@ -73,6 +73,8 @@ def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[s
         if base.ties_embeddings:
             return where + "Both configs tie it to the embeddings: load the base with transformers and save it without"
         return where + "Its config ties it to the embeddings: save the model untied, or merge onto a tied base"
+    if not base.tensors[name].is_float:
+        return where + "It is a buffer that newer transformers do not save: load the base with transformers and save it"
     close = difflib.get_close_matches(name, similar, 1, 0.8)
     return where + (f"It has {close[0]!r} instead" if close else "It is no fine-tune of this base as it stands")
 

@@ -104,13 +104,21 @@ class CoreReader:
         if actual != expected_xxh3:
             raise PlanError(f"{file}: is not the core that the plan was saved with. Run `cpimerge plan` again")
 
-    def positions(self, chunk: int) -> Positions:
-        """Ascending positions uint32 [k] within chunk number `chunk`."""
+    def positions(self, chunk: int, elements: int) -> Positions:
+        """Ascending positions uint32 [k] within chunk number `chunk`, which has so many elements.
+
+        Raises PlanError where there is no such chunk, or its positions do not fit: the plan was edited amiss.
+        """
+        if not 0 <= chunk < len(self._offsets) - 1:
+            raise PlanError(f"{self._file}: has no chunk {chunk}, which plan.json refers to. Run `cpimerge plan` again")
         begin, end = int(self._offsets[chunk]), int(self._offsets[chunk + 1])
         with open(self._file, "rb", buffering=0) as stream:
             stream.seek(begin)
             data = stream.read(end - begin)
-        return np.frombuffer(BitMap.deserialize(data).to_array(), np.uint32)
+        found = np.frombuffer(BitMap.deserialize(data).to_array(), np.uint32)
+        if found.size and found[-1] >= elements:
+            raise PlanError(f"{self._file}: chunk {chunk} does not fit its tensor. Run `cpimerge plan` again")
+        return found
 
 
 def offsets_file(file: Path) -> Path:

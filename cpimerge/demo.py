@@ -7,7 +7,9 @@ downloaded, and nothing is printed that was not measured, also when plain averag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +77,11 @@ def run_demo(
     Raises OutputError where a merge's directory is there already.
     """
     effort = effort or Effort()
+    with _one_thread():
+        return _run(directory, seed, effort, log)
+
+
+def _run(directory: Path, seed: int, effort: Effort, log: Callable[[str], None]) -> DemoResult:
     started = time.perf_counter()
     data = {task: tables(task, seed, effort.test_rows) for task in TASKS}
     _train_all(directory, {task: train for task, (train, _) in data.items()}, seed, effort, log)
@@ -92,20 +99,36 @@ def run_demo(
     return DemoResult(directory, list(TASKS), scores, seconds)
 
 
-def _train_all(
-    directory: Path, train: dict[str, Table], seed: int, effort: Effort, log: Callable[[str], None]
-) -> None:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it, torch uses one thread an operation: at these sizes more of them mostly wait for each other.
+
+    Nor do the scores depend on the number of processors then.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train_all(directory: Path, train: dict[str, Table], seed: int, effort: Effort, log: Callable[[str], None]) -> None:
     """The base on running text alone, then from it an expert on each task."""
     generator = torch.Generator().manual_seed(seed)
     base = tinylm.new(effort.shape, generator)
     log(f"training the base: {sum(p.numel() for p in base.parameters()):,} parameters, {effort.base.steps} steps")
     tinylm.train(base, [train[task] for task in BASE_TASKS], effort.base, generator)
     tinylm.save(base, directory / "base", torch.bfloat16)
-    for task, table in train.items():
+
+    def train_expert(task: str) -> None:
         log(f"training an expert: {task}, {effort.expert.steps} steps")
         expert = tinylm.load(directory / "base")
-        tinylm.train(expert, [table], effort.expert, generator)
+        tinylm.train(expert, [train[task]], effort.expert, torch.Generator().manual_seed(seed))
         tinylm.save(expert, directory / task, torch.bfloat16)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train_expert, train))
 
 
 def _merge(directory: Path, name: str, parameters: dict[str, str]) -> None:

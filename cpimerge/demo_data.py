@@ -35,7 +35,7 @@ def _english(rng: random.Random, test_rows: int) -> tuple[Table, Table]:
 
 def _python(rng: random.Random, test_rows: int) -> tuple[Table, Table]:
     """The next byte of Python code: the modules of the standard library."""
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py"))  # what is generated begins with _
     train, test = _split([module.read_text(encoding="utf-8") for module in modules], rng)
     return _windows("\n".join(train)), _windows("\n".join(test), test_rows)
 

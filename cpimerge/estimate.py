@@ -88,7 +88,17 @@ def check_disk(needed: int, directory: Path) -> None:
 
 
 def worker_bytes(inputs: Inputs) -> int:
-    """What one worker thread of `plan` needs at least: its buffers, and its results that wait to be written."""
+    """What one worker thread needs at least for `plan` and then `fuse`."""
+    return max(_plan_worker_bytes(inputs), _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)))
+
+
+def fuse_worker_bytes(plan: Plan) -> int:
+    """What one worker thread needs at least for `fuse`."""
+    return _fuse_worker_bytes(len(plan.inputs), len(plan.tasks))
+
+
+def _plan_worker_bytes(inputs: Inputs) -> int:
+    """Buffers, and results that wait to be written."""
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
     buffers = CHUNK * (checkpoints * (item + 4) + 16)
@@ -96,11 +106,9 @@ def worker_bytes(inputs: Inputs) -> int:
     return buffers + cores + PENDING * max(tasks * HISTOGRAM_BYTES, BLOCK_CHUNKS * _gram_bytes(inputs))
 
 
-def fuse_worker_bytes(plan: Plan) -> int:
-    """What one worker thread of `fuse` needs at least."""
-    sources = len(plan.inputs)
+def _fuse_worker_bytes(sources: int, tasks: int) -> int:
     buffers = CHUNK * (sources * 8 + 16)  # raw bytes and values, of float tensors
-    claims = len(plan.tasks) * CHUNK * 8  # positions and output bits of each core at their largest
+    claims = tasks * CHUNK * 8  # positions and output bits of each core at their largest
     return buffers + claims + PENDING * CHUNK * 8
 
 

@@ -15,7 +15,7 @@ import xxhash
 from . import kernels
 from .analysis import content_hash
 from .budget import Budget
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import FLOAT_NAMES, Checkpoint, TensorInfo, open_checkpoint
 from .companions import write_companions
 from .cores import CoreReader
 from .errors import CheckpointError, IncompatibleError, PlanError
@@ -26,8 +26,8 @@ from .writer import ShardLayout, ShardWriter, shard_layouts, staged_directory
 
 __all__ = ["fuse_plan", "open_inputs"]
 
+TOO_LARGE = "The inputs are too large to merge"
 PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def fuse_plan(plan: Plan, plan_dir: Path, out: Path, budget: Budget, force: bool, progress: Progress) -> dict[str, Any]:
@@ -108,9 +108,8 @@ class _Fusion:
         self.progress = progress
         self.cores = {task.name: CoreReader(plan_dir / task.core_file, task.core_xxh3) for task in plan.tasks}
         self.rows = _row_coefficients(plan, plan_dir)
-        settings = plan.settings
-        base_needed = settings.space == "delta" or settings.conflict in ("largest", "elect")
-        self.sources = plan.fold if "base" in plan.fold or not base_needed else [*plan.fold, "base"]
+        self.sources = plan.fold if "base" in plan.fold else [*plan.fold, "base"]
+        self.base = self.sources.index("base")
         self.total = plan.output_bytes
         self.done = 0
 
@@ -145,12 +144,12 @@ class _Fusion:
             raise PlanError([*where, "The inputs are not those that were planned: run `cpimerge plan` again"])
 
     def _fuse(self, job: _Job) -> _Fused:
-        names = self.sources if job.tensor.action == "blend" else ["base"]
-        infos = [self.checkpoints[name].tensors[job.tensor.name] for name in names]
-        stored = self.pool.read(infos, job.chunk)
-        digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(names, stored, strict=True)}
-        blends = job.tensor.action == "blend"
-        data = self._blend(job, infos, stored) if blends else self._copy(job, infos[0], stored[0])
+        infos = [self.checkpoints[name].tensors[job.tensor.name] for name in self.sources]
+        stored = self.pool.read(infos, job.chunk)  # all of them: also what has no effect must be what was planned
+        digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(self.sources, stored, strict=True)}
+        with np.errstate(over="ignore", invalid="ignore"):  # `_finite` finds what overflows
+            blends = job.tensor.action == "blend"
+            data = self._blend(job, infos, stored) if blends else self._copy(job, infos[self.base], stored[self.base])
         return _Fused(job, data.view(np.uint8), digests)
 
     def _copy(self, job: _Job, info: TensorInfo, raw: Bytes) -> Bits:
@@ -164,10 +163,9 @@ class _Fusion:
         """The chunk's blend with the cores over it, as bits of the output dtype."""
         delta = self.plan.settings.space == "delta"
         values = self._decode(infos, stored, job.chunk)
-        base = self.sources.index("base") if "base" in self.sources else None
         members = values[: len(self.plan.fold)]
         if delta:
-            origin = values[base].copy()
+            origin = values[self.base].copy()
             np.subtract(members, origin, out=members)
         blended = self.pool.buffers.spare[: job.chunk.size]
         kernels.blend(members, self._coefficients(job), min(job.chunk.row, job.chunk.size), blended)
@@ -176,7 +174,7 @@ class _Fusion:
             values = self._decode(infos, stored, job.chunk)
         out = encode(blended, job.tensor.dtype)
         claims = [self._claim(task, job, infos, stored, values) for task in self.plan.order]
-        transplant(out, claims, self.plan.settings.conflict, None if base is None else values[base], job.tensor.dtype)
+        transplant(out, claims, self.plan.settings.conflict, values[self.base], job.tensor.dtype)
         return self._finite(job, out)
 
     def _decode(self, infos: Sequence[TensorInfo], stored: Sequence[Bytes], chunk: Chunk) -> Floats:
@@ -192,7 +190,10 @@ class _Fusion:
         if blend is not None and blend.coefficients is not None:
             return np.array([blend.coefficients], np.float32)
         first = job.tensor.first_row + job.chunk.start // job.chunk.row
-        return np.ascontiguousarray(self.rows[first : first + job.chunk.rows])
+        rows = np.ascontiguousarray(self.rows[first : first + job.chunk.rows])
+        if first < 0 or len(rows) != job.chunk.rows:
+            raise PlanError(f"{COEFFICIENTS_FILE}: has no row {first + job.chunk.rows - 1}. Run `cpimerge plan` again")
+        return rows
 
     def _claim(
         self, task: str, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes], values: Floats
@@ -203,16 +204,18 @@ class _Fusion:
         same = info.dtype == job.tensor.dtype
         bits = bits_of(stored[place], info) if same else encode(values[place], job.tensor.dtype)
         has_cores = job.tensor.tasks[task].core > 0
-        positions = self.cores[task].positions(job.tensor.first_chunk + job.number) if has_cores else NO_POSITIONS
+        if not has_cores:
+            return Claim(NO_POSITIONS, values[place], bits)
+        positions = self.cores[task].positions(job.tensor.first_chunk + job.number, job.chunk.size)
         return Claim(positions, values[place], bits)
 
     def _finite(self, job: _Job, bits: Bits) -> Bits:
         place = kernels.first_nonfinite(bits, EXPONENT[job.tensor.dtype])
         if place >= 0:
-            raise IncompatibleError(
-                f"tensor {job.tensor.name!r}: flat index {job.chunk.start + place}: the result does not fit "
-                f"{DTYPE_NAMES[job.tensor.dtype]}. Set dtype: bfloat16 or float32 in the recipe"
-            )
+            dtype = FLOAT_NAMES[job.tensor.dtype]
+            way_out = "Set dtype: bfloat16 or float32 in the recipe" if dtype == "float16" else TOO_LARGE
+            where = f"tensor {job.tensor.name!r}: flat index {job.chunk.start + place}"
+            raise IncompatibleError(f"{where}: the result does not fit {dtype}. {way_out}")
         return bits
 
 

@@ -45,6 +45,7 @@ class Surveyed:
     updates: Counts  # [T, 3]: elements changed, with m ≤ 1e-5, within half a unit in the last place
     histogram: Counts | None  # [T, HIGH_BINS] of the magnitudes' high halves, if the tensor may have cores
     faults: dict[int, int]  # checkpoint -> first flat index that is not finite, or that differs from the base's
+    overflows: dict[int, int]  # checkpoint -> first flat index whose update does not fit float32
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Passes:
     def survey(self, block: Block) -> Surveyed:
         """First look at the bytes: what they are, whether they may be merged, how much moved."""
         spec = block.spec
-        surveyed = Surveyed(spec, [[] for _ in spec.sources], True, np.zeros((self.tasks, 3), np.int64), None, {})
+        surveyed = Surveyed(spec, [[] for _ in spec.sources], True, np.zeros((self.tasks, 3), np.int64), None, {}, {})
         if spec.eligible:
             surveyed.histogram = np.zeros((self.tasks, kernels.HIGH_BINS), np.int64)
         same_dtype = len({info.dtype for info in spec.sources}) == 1
@@ -154,6 +155,9 @@ class Passes:
                 surveyed.faults.setdefault(checkpoint, chunk.start + place)
         half_ulp = HALF_ULP[surveyed.spec.sources[0].dtype]
         for task, magnitude in self._magnitudes(values):
+            place = kernels.first_nonfinite(magnitude, EXPONENT["F32"])
+            if place >= 0 and not surveyed.faults:
+                surveyed.overflows.setdefault(1 + task, chunk.start + place)
             surveyed.updates[task] += kernels.tally(magnitude, values[0].view(np.uint32), half_ulp, NEAR)
             if surveyed.histogram is not None:
                 kernels.histogram_high(magnitude, surveyed.histogram[task])

@@ -257,7 +257,8 @@ def train(model: TinyLlama, tables: Sequence[Table], schedule: Schedule, generat
             group["lr"] = schedule.rate_at(step)
         optimizer.zero_grad()
         for table in tables:
-            (loss(model, _draw(table, schedule.tokens // len(tables), generator)) / len(tables)).backward()
+            share = loss(model, _draw(table, schedule.tokens // len(tables), generator)) / len(tables)
+            torch.autograd.backward(share)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -29,13 +29,13 @@ class Claim:
     bits: Bits
 
 
-def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Floats | None, dtype: str) -> None:
+def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Floats, dtype: str) -> None:
     """Overwrite `out` at every core position, in place. `claims` are in stage order.
 
     An element that one task claims gets that task's stored value; `conflict` settles the others. `base` float32 [n]
-    is needed by `largest` and `elect`.
+    has the base's values, for `largest` and `elect`.
     """
-    if conflict == "largest" and base is not None:
+    if conflict == "largest":
         return _largest(out, claims, base)
     for claim in reversed(claims) if conflict == "first" else claims:
         kernels.copy_at(claim.positions, claim.bits, out)
@@ -69,7 +69,7 @@ def _claimed(contested: npt.NDArray[np.intp], claim: Claim, elements: int) -> np
     return inside[contested]
 
 
-def _mean(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats | None) -> Floats:
+def _mean(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats) -> Floats:
     """Mean of the claimants' values: float32, in stage order, at each contested position."""
     total = np.full(contested.size, -0.0, np.float32)  # what adding changes nothing, not even −0
     count = np.zeros(contested.size, np.float32)
@@ -80,9 +80,8 @@ def _mean(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats
     return total / count
 
 
-def _elect(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats | None) -> Floats:
+def _elect(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats) -> Floats:
     """Ties-merging among the claimants: base + the mean of the updates that have the sign of their sum."""
-    assert base is not None
     origin = base[contested]
     updates = []
     for claim in claims:

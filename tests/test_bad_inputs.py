@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -35,6 +36,7 @@ from cpimerge import (
     estimate,
     preflight,
 )
+from cpimerge.checkpoint import read_header
 from cpimerge.plan_file import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -45,6 +47,7 @@ ALL_AGAIN = "Download or save all of them again"
 REPAIR = "Repair the checkpoint or take another; nothing can be merged with it"
 PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
 NO_FINE_TUNE = "It is no fine-tune of this base as it stands"
+BUFFER = "It is a buffer that newer transformers do not save: load the base with transformers and save it"
 
 
 # --- the setting ------------------------------------------------------------------------------------
@@ -521,7 +524,7 @@ INCOMPATIBLE: dict[str, tuple[Spoil, list[str]]] = {
         lambda home: math_has(home, embed__weight=None, layers__1__w=None, ids=None),
         [
             f"math: tensor 'embed.weight': missing, though base has it. {NO_FINE_TUNE}",
-            f"math: tensor 'ids': missing, though base has it. {NO_FINE_TUNE}",
+            f"math: tensor 'ids': missing, though base has it. {BUFFER}",
             f"math: tensor 'layers.1.w': missing, though base has it. {NO_FINE_TUNE}",
         ],
     ),
@@ -592,7 +595,7 @@ INCOMPATIBLE: dict[str, tuple[Spoil, list[str]]] = {
             save(home / "math", {"embed.weight": torch.ones(6, 2), "v": torch.ones(1)}, config=TIED),
         ],
         [
-            f"math: tensor 'ids': missing, though base has it. {NO_FINE_TUNE}",
+            f"math: tensor 'ids': missing, though base has it. {BUFFER}",
             f"math: tensor 'layers.0.w': missing, though base has it. {NO_FINE_TUNE}",
             f"math: tensor 'layers.1.w': missing, though base has it. {NO_FINE_TUNE}",
             "math: tensor 'v': not in base. Remove it from the checkpoint, or merge onto a base that has it",
@@ -823,6 +826,16 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
         nan_in_an_external_backbone,
         [f"other: tensor 'embed.weight': flat index 11 is NaN or Inf. {REPAIR}"],
     ),
+    "update beyond float32": (
+        lambda home: [
+            base_has(home, layers__0__w=poked(model()["layers.0.w"], 3, -3e38)),
+            math_has(home, layers__0__w=poked(model()["layers.0.w"], 3, 3e38)),
+        ],
+        [
+            "math: tensor 'layers.0.w': flat index 3 is so far from the base's value that their difference "
+            "does not fit float32. Take another checkpoint"
+        ],
+    ),
     "integers": (
         unequal_integers,
         [
@@ -862,10 +875,10 @@ def test_everything_at_once(home: Path) -> None:
             "the first is 'embed.weight'",
             f"code/model.safetensors: incomplete: 0 bytes, shorter than its own header. {AGAIN}",
             f"other: tensor 'layers.0.w': F64 {CONVERT}",
-            f"math: tensor 'ids': missing, though base has it. {NO_FINE_TUNE}",
+            f"math: tensor 'ids': missing, though base has it. {BUFFER}",
             "math: tensor 'norm': not in base. Remove it from the checkpoint, or merge onto a base that has it",
             f"math: tensor 'layers.1.w': expected float32 [2, 3] (as in base), got float32 [3, 2]. {NO_FINE_TUNE}",
-            f"other: tensor 'ids': missing, though base has it. {NO_FINE_TUNE}",
+            f"other: tensor 'ids': missing, though base has it. {BUFFER}",
             f"other: tensor 'layers.1.w': missing, though base has it. {NO_FINE_TUNE}",
             f"other: tensor 'lm_head.weight': missing, though base has it. {NO_FINE_TUNE}",
             f"other: tensor 'embed.weight': expected float32 [6, 2] (as in base), got float32 [7, 2]. {BASE_ROWS}",
@@ -996,12 +1009,15 @@ def test_no_disk_space(home: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_too_little_memory(home: Path, threads: int) -> None:
     chunk_bytes = estimate.worker_bytes(preflight.check(cpimerge.load_recipe(home / "recipe.yml")))
-    least, one = (budget.format_size(budget.RUNTIME_BYTES + count * chunk_bytes) for count in (threads, 1))
+    least, one = (f"{math.ceil((budget.RUNTIME_BYTES + count * chunk_bytes) / 1e6)} MB" for count in (threads, 1))
     way_out = "Raise the budget" if threads == 1 else f"Raise it, or use one thread ({one})"
-    too_little = f"memory: 1.0 MB is too little for {threads} threads and this many models"
+    counted = "1 thread" if threads == 1 else f"{threads} threads"
+    too_little = f"memory: 1.0 MB is too little for {counted} and this many models"
     problem = f"{too_little}: at least {least} is needed. {way_out}"
     run = partial(cpimerge.plan, home / "recipe.yml", home / "plan", threads=threads, memory="1MB")
     assert refused(home, run) == (ResourceError, [problem])
+    # What the message names is enough, for both steps.
+    cpimerge.merge(home / "recipe.yml", home / "out", threads=threads, memory=least)
 
 
 def test_memory_that_is_no_size(home: Path) -> None:
@@ -1017,6 +1033,11 @@ def flip(file: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
+
+
+def _place_of(file: Path, tensor: str) -> int:
+    """Where a tensor's bytes begin."""
+    return next(info.offset for info in read_header(file).tensors if info.name == tensor)
 
 
 def renamed_tensor(home: Path) -> Path:
@@ -1037,6 +1058,10 @@ CHANGED: dict[str, tuple[Spoil, list[str]]] = {
     "content of the base": (
         lambda home: flip(home / "base/model.safetensors", -1),
         ["base: tensor 'lm_head.weight': changed since planned"],
+    ),
+    "content that has no effect": (
+        lambda home: flip(home / WEIGHTS, _place_of(home / WEIGHTS, "ids")),
+        ["math: tensor 'ids': changed since planned"],
     ),
     "checkpoint gone": (
         lambda home: shutil.rmtree(home / "math"),
@@ -1067,7 +1092,6 @@ CHANGED: dict[str, tuple[Spoil, list[str]]] = {
 @pytest.mark.parametrize("case", CHANGED)
 def test_changed_inputs(home: Path, case: str) -> None:
     spoil, problems = CHANGED[case]
-    recipe(home, {"space": "delta"})  # so that the base is read, too
     plan(home)
     spoil(home)
     assert refused(home, lambda: fuse(home)) == (PlanError, [*problems, PLAN_AGAIN])
@@ -1077,6 +1101,14 @@ def edited(home: Path, **entries: object) -> None:
     """Change entries at the top level of plan.json."""
     content = json.loads((home / "plan/plan.json").read_bytes())
     write_json(home / "plan/plan.json", content | entries)
+
+
+def edited_tensor(home: Path, **entries: object) -> None:
+    """Change entries of a tensor that is smaller than the first."""
+    content = json.loads((home / "plan/plan.json").read_bytes())
+    (tensor,) = (entry for entry in content["tensors"] if entry["name"] == "layers.1.w")
+    tensor.update(entries)
+    write_json(home / "plan/plan.json", content)
 
 
 PLANS: dict[str, tuple[Spoil, list[str]]] = {
@@ -1103,6 +1135,14 @@ PLANS: dict[str, tuple[Spoil, list[str]]] = {
             "plan/plan.json: taks: Extra inputs are not permitted",
         ],
     ),
+    "chunk": (
+        lambda home: edited_tensor(home, first_chunk=99),
+        ["plan/cores/00.roaring: has no chunk 99, which plan.json refers to. Run `cpimerge plan` again"],
+    ),
+    "chunk of another tensor": (
+        lambda home: edited_tensor(home, first_chunk=0),
+        ["plan/cores/00.roaring: chunk 0 does not fit its tensor. Run `cpimerge plan` again"],
+    ),
     "core": (
         lambda home: flip(home / "plan/cores/01.roaring", 5),
         [
@@ -1112,10 +1152,27 @@ PLANS: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
+def test_rows_that_the_plan_does_not_have(home: Path) -> None:
+    recipe(home, {"density": 0, "granularity": "row"})
+    plan(home)
+    edited_tensor(home, first_row=99)
+    problem = "coefficients.npy: has no row 100. Run `cpimerge plan` again"
+    assert refused(home, lambda: fuse(home)) == (PlanError, [problem])
+
+
+def test_a_mean_beyond_float32(home: Path) -> None:
+    for name in ("math", "code"):
+        save(home / name, model() | {"layers.0.w": torch.full((2, 3), 3e38)})
+    recipe(home, {"density": 1, "conflict": "mean"})
+    plan(home)
+    problem = "tensor 'layers.0.w': flat index 0: the result does not fit float32. The inputs are too large to merge"
+    assert refused(home, lambda: fuse(home)) == (IncompatibleError, [problem])
+
+
 @pytest.mark.parametrize("case", PLANS)
 def test_damaged_plans(home: Path, case: str) -> None:
     spoil, problems = PLANS[case]
-    recipe(home, {"density": 0.5})
+    recipe(home, {"density": 1})
     plan(home)
     spoil(home)
     assert refused(home, lambda: fuse(home)) == (PlanError, problems)

@@ -45,7 +45,7 @@ def test_cores_come_back(tmp_path: Path) -> None:
     cores = [[0, 5, 2**18 - 1], [], [7], list(range(0, 2**18, 2))]
     digest = write(tmp_path / "00.roaring", cores)
     reader = CoreReader(tmp_path / "00.roaring", digest)
-    assert [reader.positions(chunk).tolist() for chunk in (3, 1, 0, 2)] == [cores[chunk] for chunk in (3, 1, 0, 2)]
+    assert [reader.positions(chunk, 2**18).tolist() for chunk in (3, 1, 0, 2)] == [cores[chunk] for chunk in (3, 1, 0, 2)]
 
 
 @pytest.mark.parametrize("which", ["bitmaps", "offsets"])

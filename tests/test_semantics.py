@@ -78,7 +78,7 @@ def planned_cores(plan: Plan, directory: Path) -> dict[str, dict[str, list[int]]
             result[task.name][tensor.name] = [
                 chunk.start + int(place)
                 for number, chunk in enumerate(every)
-                for place in reader.positions(tensor.first_chunk + number)
+                for place in reader.positions(tensor.first_chunk + number, chunk.size)
             ]
     return result
 
