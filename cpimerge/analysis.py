@@ -13,6 +13,7 @@ pass, its blocks shared among the workers. Both do the same sums in the same ord
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -29,9 +30,9 @@ from .cores import NOTHING, Threshold, budget
 from .errors import IncompatibleError
 from .passes import Block, Counts, Load, Passes, Settled, Surveyed
 from .preflight import Inputs, TensorSpec, pools
-from .stream import BLOCK_CHUNKS, Bytes, Chunk, Progress, Workers, chunks
+from .stream import BLOCK_CHUNKS, PENDING, Bytes, Chunk, Progress, Workers, chunks, row_count
 
-__all__ = ["Analysis", "Findings"]
+__all__ = ["Analysis", "Findings", "content_hash", "fits_cache"]
 
 PASSES = 4
 
@@ -44,7 +45,7 @@ class Findings:
     """What the read found out about one tensor; shapes and meanings as in `Surveyed` and `Settled`."""
 
     identical: bool
-    digests: list[list[int]]
+    digests: list[array[int]]
     updates: Counts
     pairs: Counts
     claimed: int
@@ -53,7 +54,7 @@ class Findings:
     @classmethod
     def empty(cls, spec: TensorSpec, tasks: int) -> Findings:
         """Nothing found yet."""
-        digests: list[list[int]] = [[] for _ in spec.sources]
+        digests = [array("Q") for _ in spec.sources]
         pairs = np.zeros((tasks, tasks), np.int64)
         return cls(True, digests, np.zeros((tasks, 3), np.int64), pairs, 0, np.zeros((tasks, 2)))
 
@@ -88,7 +89,8 @@ class Analysis:
     def run(self) -> dict[str, Findings]:
         """Findings by tensor name. Raises IncompatibleError naming every NaN, Inf and unequal non-float tensor."""
         every = pools(self.inputs.tensors, self.inputs.recipe.scope).values()
-        for small, group in groupby(every, key=lambda pool: _cached_bytes(pool) <= self.cache_bytes):
+        granularity = self.inputs.recipe.granularity
+        for small, group in groupby(every, key=lambda pool: fits_cache(pool, granularity, self.cache_bytes)):
             for pool, results in self.workers.map(self._cached, group) if small else map(self._streamed, group):
                 for result in results:
                     self._keep(result)
@@ -203,7 +205,9 @@ def _threshold(place: tuple[int, int] | None, low_halves: Counts) -> Threshold:
         return NOTHING
     high, wanted = place
     low, ties = kernels.kth_bin(low_halves, wanted)
-    return Threshold(high << 16 | low, ties)
+    bits = high << 16 | low
+    # Where all that are equal are in, the core is all above the next smaller pattern, and there are no ties to count.
+    return Threshold(bits - 1, 0) if ties == low_halves[low] else Threshold(bits, ties)
 
 
 def _refine(passes: Passes, run: Run, blocks: Sequence[Block], bins: list[int]) -> Counts:
@@ -240,6 +244,21 @@ def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str
     )
 
 
+def fits_cache(pool: Pool, granularity: str, cache_bytes: int) -> bool:
+    """Half of a cache is for the pool's tensors, half for its results and those that wait beside them."""
+    sources = sum(_aligned(info.nbytes) for spec in pool for info in spec.sources)
+    results = (PENDING + 2) * sum(_result_bytes(spec, granularity) for spec in pool)
+    return 2 * max(sources, results) <= cache_bytes
+
+
+def _result_bytes(spec: TensorSpec, granularity: str) -> int:
+    """What the settled chunks of a tensor take at most: a bit an element for each task, and the Gram matrices."""
+    if not spec.is_float:
+        return 0
+    members = len(spec.sources)
+    return len(spec.density) * spec.elements // 8 + 4 * row_count(spec.shape, granularity) * members * (members + 1)
+
+
 def _where(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
     return f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
 
@@ -254,11 +273,6 @@ def _blocks(pool: Pool, granularity: str) -> list[Block]:
 
 def _nbytes(pool: Pool) -> int:
     return sum(spec.source_bytes for spec in pool)
-
-
-def _cached_bytes(pool: Pool) -> int:
-    """What the pool takes in a worker's cache."""
-    return sum(_aligned(info.nbytes) for spec in pool for info in spec.sources)
 
 
 def _aligned(nbytes: int) -> int:

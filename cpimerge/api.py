@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .errors import OutputError
 
 if TYPE_CHECKING:
     from .estimate import Needs
@@ -121,17 +119,19 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
 
     options: dict[str, Any] = {"threads": threads, "memory": memory, "progress": progress}
     with _directory_beside(target) as directory:
-        planned(plan(inputs.recipe, directory, announce=check_disk, **options))
+        planned(plan(inputs.recipe, directory, force=True, announce=check_disk, **options))
         return fuse(directory, target, force=force, **options)
 
 
 @contextmanager
-def _directory_beside(target: Path) -> Iterator[str]:
-    """A temporary directory on the disk of `target`, in the nearest parent that exists. Raises OutputError."""
+def _directory_beside(target: Path) -> Iterator[Path]:
+    """Where the plan of a merge lies meanwhile, in the nearest parent of `target` that exists; gone afterwards.
+
+    Its name is fixed, so that what a killed run left there is replaced by the next.
+    """
     parent = next(place for place in target.parents if place.exists())
+    directory = parent / f".{target.name}.plan"
     try:
-        directory = tempfile.TemporaryDirectory(prefix=f".{target.name}.plan-", dir=parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    with directory as path:
-        yield path
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -50,6 +51,11 @@ class Screen:
         """Print the result for machines."""
         if self.as_json:
             _write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def tell(self, line: str) -> None:
+        """Print a line of progress."""
+        if not self.quiet:
+            click.echo(line, err=True)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -153,14 +159,23 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
         raise click.BadParameter(str(error)) from error
 
 
-OPTIONS = (
+WORK_OPTIONS = (
     click.option("--threads", type=click.IntRange(min=1), help="Worker threads. Default: all processors."),
     click.option("--memory", metavar="SIZE", callback=_size, help="Budget for the whole process, such as 512MB."),
     click.option("--force", is_flag=True, help="Replace the output directory if it is not empty."),
+)
+SCREEN_OPTIONS = (
     click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
     click.option("--json", "as_json", is_flag=True, help="Print the result, or the errors, as JSON on stdout."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
+
+
+def work_options(function: Command) -> Command:
+    """Give a command the options of those that merge: they go to the library as they are."""
+    for option in reversed(WORK_OPTIONS):
+        function = option(function)
+    return function
 
 
 def command(function: Command) -> Command:
@@ -172,13 +187,14 @@ def command(function: Command) -> Command:
         with screen.errors():
             function(screen, **arguments)
 
-    for option in reversed(OPTIONS):
+    for option in reversed(SCREEN_OPTIONS):
         run = option(run)
     return run
 
 
-def _directory(help: str) -> Callable[[Command], Command]:
-    return click.option("--output", "-o", metavar="DIR", required=True, type=click.Path(path_type=Path), help=help)
+def _directory(help: str, required: bool = True) -> Callable[[Command], Command]:
+    path = click.Path(path_type=Path)
+    return click.option("--output", "-o", metavar="DIR", required=required, type=path, help=help)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -195,6 +211,7 @@ def main() -> None:
 @main.command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_directory("Directory for the plan.")
+@work_options
 @command
 def plan_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
     """Check every input of RECIPE, read them once, and settle what `fuse` will do.
@@ -221,6 +238,7 @@ def plan_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> 
 @main.command("fuse")
 @click.argument("plan_dir", type=click.Path(path_type=Path))
 @_directory("Directory for the model.")
+@work_options
 @command
 def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -> None:
     """Write the fused checkpoint that PLAN_DIR describes.
@@ -235,6 +253,7 @@ def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -
 @main.command("merge")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_directory("Directory for the model.")
+@work_options
 @command
 def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
     """Plan and fuse RECIPE in one go, without keeping the plan."""
@@ -252,6 +271,54 @@ def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) ->
     with screen.progress() as progress:
         manifest = api.merge(recipe, output, progress=progress, announce=announce, planned=planned, **options)
     _show_model(screen, manifest, output)
+
+
+@main.command("demo")
+@_directory(
+    "Directory for the checkpoints, new or empty. Default: a temporary one, deleted at the end.", required=False
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed, another run.")
+@command
+def demo_command(screen: Screen, output: Path | None, seed: int) -> None:
+    """Train a small model and its fine-tunes, fuse them, and score everything.
+
+    Takes under two minutes on two processors, and no network. With --output, the checkpoints and recipes stay.
+    """
+    with _demo_directory(output) as directory:
+        from .demo import run_demo
+
+        result = run_demo(directory, seed=seed, log=screen.tell)
+    from .report import demo_report, demo_summary
+
+    screen.show(*demo_report(result), f"\n{_demo_footer(output)}")
+    screen.data(demo_summary(result, output))
+
+
+@contextmanager
+def _demo_directory(output: Path | None) -> Iterator[Path]:
+    """`output`, made if missing, or a temporary directory that goes at the end. Raises OutputError."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="cpimerge-demo-") as temporary:
+            yield Path(temporary)
+        return
+    from .writer import check_target
+
+    directory = output.expanduser()
+    check_target(directory, True, ())  # forced: what it says of a full one names --force, which the demo lacks
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        full = any(directory.iterdir())
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
+    if full:
+        raise OutputError(f"{output}: not empty. Give another output directory")
+    yield directory
+
+
+def _demo_footer(output: Path | None) -> str:
+    if output is None:
+        return "next: cpimerge demo -o DIR keeps the checkpoints"
+    return f"checkpoints: {_quoted(output)}   next: cpimerge plan {_quoted(output / 'fused.yml')} -o PLAN_DIR"
 
 
 def _show_model(screen: Screen, manifest: dict[str, Any], output: Path) -> None:

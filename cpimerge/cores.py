@@ -64,7 +64,7 @@ class CoreWriter:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stream: BinaryIO = open(file, "xb")  # noqa: SIM115 - closed by `close`, which `finish` calls
-        self._offsets = [0]
+        self._offsets = array("Q", [0])
         self._hash = xxhash.xxh3_128()
 
     @property

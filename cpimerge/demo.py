@@ -63,9 +63,10 @@ class DemoResult:
         difference = self.relative("fused") - self.relative("plain average")
         fused, average = self.scores["fused"], self.scores["plain average"]
         lost = [task for task in self.tasks if fused[task] < average[task]]
-        how = "ahead of" if difference > 0 else "behind"
+        points = round(100 * abs(difference), 1)
+        how = f"{points} points " + ("ahead of" if difference > 0 else "behind") if points else "level with"
         where = f"; plain averaging is better on {', '.join(lost)}" if lost else ""
-        return f"fused is {abs(difference):.1%} {how} plain averaging in the mean{where}"
+        return f"fused is {how} plain averaging in the mean{where}"
 
 
 def run_demo(

@@ -30,14 +30,14 @@ def _english(rng: random.Random, test_rows: int) -> tuple[Table, Table]:
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     paragraphs = (re.sub(r"\s+", " ", part.strip()) for part in re.split(r"\n\s*\n", text))
     train, test = _split([p for p in paragraphs if re.match(r"[A-Z].{80,}\.$", p)], rng)
-    return _windows("\n".join(train)), _windows("\n".join(test), test_rows)
+    return _text_tables("\n".join(train), "\n".join(test), rng, test_rows)
 
 
 def _python(rng: random.Random, test_rows: int) -> tuple[Table, Table]:
     """The next byte of Python code: the modules of the standard library."""
     modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[!_]*.py"))  # what is generated begins with _
     train, test = _split([module.read_text(encoding="utf-8") for module in modules], rng)
-    return _windows("\n".join(train)), _windows("\n".join(test), test_rows)
+    return _text_tables("\n".join(train), "\n".join(test), rng, test_rows)
 
 
 def _sums(rng: random.Random, test_rows: int) -> tuple[Table, Table]:
@@ -70,11 +70,19 @@ def _split(items: Sequence[Item], rng: random.Random) -> tuple[list[Item], list[
     return shuffled[cut:], shuffled[:cut]
 
 
-def _windows(text: str, rows: int | None = None) -> Table:
-    """Running text, cut into rows that ask for every byte but the first."""
-    data = text.encode()
-    count = min(len(data) // WINDOW, rows or len(data))
-    tokens = torch.frombuffer(bytearray(data[: count * WINDOW]), dtype=torch.uint8).view(count, WINDOW)
+def _text_tables(train: str, test: str, rng: random.Random, test_rows: int) -> tuple[Table, Table]:
+    """Running text as rows that ask for every byte but the first; no test row stands anywhere in the training text."""
+    seen = train.encode()
+    unseen = [row for row in _windows(test.encode()) if row not in seen]
+    return _text_table(_windows(seen)), _text_table(rng.sample(unseen, min(test_rows, len(unseen))))
+
+
+def _windows(text: bytes) -> list[bytes]:
+    return [text[start : start + WINDOW] for start in range(0, len(text) - WINDOW + 1, WINDOW)]
+
+
+def _text_table(rows: Sequence[bytes]) -> Table:
+    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), WINDOW)
     asked = torch.ones_like(tokens, dtype=torch.bool)
     asked[:, 0] = False
     return Table(tokens, asked)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels
+from .analysis import PASSES, fits_cache
 from .budget import Budget, format_size
 from .checkpoint import ITEM_BYTES, TensorInfo
 from .cores import Threshold, budget
@@ -37,7 +38,6 @@ __all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "worker_byt
 
 BITMAP_BYTES = CHUNK // 8  # a Roaring bitmap of a chunk at its largest
 HISTOGRAM_BYTES = 8 * kernels.LOW_BINS
-LARGE_POOL_READS = 4  # passes over a pool that does not fit a worker's cache
 JSON_BYTES = 600  # of plan.json for a tensor and a task
 
 
@@ -107,8 +107,8 @@ def _plan_worker_bytes(inputs: Inputs) -> int:
 
 
 def _fuse_worker_bytes(sources: int, tasks: int) -> int:
-    buffers = CHUNK * (sources * 8 + 16)  # raw bytes and values, of float tensors
-    claims = tasks * CHUNK * 8  # positions and output bits of each core at their largest
+    buffers = CHUNK * (sources * (8 + 4) + 16)  # raw bytes, of 8-byte integers at the largest, and values
+    claims = CHUNK * (tasks * (4 + 4 + 4 + 2) + 40)  # positions, bits, updates and masks where cores take everything
     return buffers + claims + PENDING * CHUNK * 8
 
 
@@ -127,7 +127,8 @@ def _read_bytes(inputs: Inputs, cache_bytes: int) -> int:
     total = 0
     for pool in pools(inputs.tensors, inputs.recipe.scope).values():
         nbytes = sum(spec.source_bytes for spec in pool)
-        total += nbytes * (LARGE_POOL_READS if nbytes > cache_bytes and pool[0].is_float else 1)
+        once = not pool[0].is_float or fits_cache(pool, inputs.recipe.granularity, cache_bytes)
+        total += nbytes * (1 if once else PASSES)
     return total
 
 

@@ -90,13 +90,13 @@ class Folder:
         with open(directory / COEFFICIENTS_FILE, "xb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for spec in ordered:
-                folds = []
+                summary = _RowSummary()
                 for part in self._folds(spec):
                     data = np.ascontiguousarray(part.coefficients, "<f4").tobytes()
                     file.write(data)
                     digest.update(data)
-                    folds.append(Fold(part.coefficients[:0], part.angles, part.slerped))
-                blends[spec.name] = _row_blend(folds)
+                    summary.add(part)
+                blends[spec.name] = summary.blend()
         return blends, digest.hexdigest()
 
     def _tensor(self, spec: TensorSpec) -> Blend:
@@ -123,11 +123,28 @@ class Folder:
             yield fold(gram, order, omegas, float(recipe.rest))
 
 
-def _row_blend(folds: Sequence[Fold]) -> Blend:
-    """Summary of many rows: the smallest, mean and largest angle, and how many steps were slerp."""
-    angles = np.degrees(np.concatenate([part.angles.ravel() for part in folds])) if folds else np.empty(0)
-    steps = angles.size
-    angles = angles[~np.isnan(angles)]
-    summary = [float(angles.min()), float(angles.mean()), float(angles.max())] if angles.size else []
-    slerped = sum(int(part.slerped.sum()) for part in folds)
-    return Blend(coefficients=None, angles=list(summary), steps=steps, slerped=slerped)
+@dataclass
+class _RowSummary:
+    """The angles of many rows: the smallest, mean and largest, in degrees, and how many steps were slerp."""
+
+    steps: int = 0
+    slerped: int = 0
+    known: int = 0
+    total: float = 0.0
+    least: float = 180.0
+    most: float = 0.0
+
+    def add(self, part: Fold) -> None:
+        angles = np.degrees(part.angles)
+        self.steps += angles.size
+        self.slerped += int(part.slerped.sum())
+        angles = angles[~np.isnan(angles)]
+        if angles.size:
+            self.known += angles.size
+            self.total += float(angles.sum())
+            self.least = min(self.least, float(angles.min()))
+            self.most = max(self.most, float(angles.max()))
+
+    def blend(self) -> Blend:
+        angles: list[float | None] = [self.least, self.total / self.known, self.most] if self.known else []
+        return Blend(coefficients=None, angles=angles, steps=self.steps, slerped=self.slerped)

@@ -154,10 +154,12 @@ class Passes:
             if place >= 0:
                 surveyed.faults.setdefault(checkpoint, chunk.start + place)
         half_ulp = HALF_ULP[surveyed.spec.sources[0].dtype]
-        for task, magnitude in self._magnitudes(values):
+        for task, magnitude in self._magnitudes(values, len(values) - 1):
             place = kernels.first_nonfinite(magnitude, EXPONENT["F32"])
             if place >= 0 and not surveyed.faults:
                 surveyed.overflows.setdefault(1 + task, chunk.start + place)
+            if task == self.tasks:  # a backbone that is no task
+                break
             surveyed.updates[task] += kernels.tally(magnitude, values[0].view(np.uint32), half_ulp, NEAR)
             if surveyed.histogram is not None:
                 kernels.histogram_high(magnitude, surveyed.histogram[task])
@@ -173,10 +175,10 @@ class Passes:
             decode(raw, info.dtype, row)
         return values
 
-    def _magnitudes(self, values: Floats) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
-        """(task, bit patterns uint32 [n] of |Δ|); the array is reused for the next task."""
+    def _magnitudes(self, values: Floats, count: int | None = None) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
+        """(task, bit patterns uint32 [n] of |Δ|) of `count` tasks; the array is reused for the next task."""
         out = self.workers.buffers.spare[: values.shape[1]]
-        for task in range(self.tasks):
+        for task in range(self.tasks if count is None else count):
             kernels.magnitude(values[0], values[1 + task], out)
             yield task, out.view(np.uint32)
 

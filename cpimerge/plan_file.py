@@ -5,7 +5,7 @@
     cores/00.npy        where each of them begins: uint64 [chunks + 1], bytes
     coefficients.npy    only for granularity row: float32 [rows, members], rows of all blended tensors in order
 
-Chunks and rows count through the tensors in the order of `Plan.tensors`; a tensor's first ones are in its entry.
+Where a tensor's chunks and rows begin stands in its entry; their order depends on the scope.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class Plan(_Model):
     fold: list[str]
     notes: list[str]
     coefficients_xxh3: str | None
+    seal: str = ""  # xxh3-128 over what must not be edited; `sealed` sets it, `load` checks it
     tensors: list[TensorPlan] = Field(repr=False)
 
     @model_validator(mode="after")
@@ -207,6 +208,10 @@ class Plan(_Model):
         """Bytes of all tensors of the output."""
         return sum(tensor.output.nbytes for tensor in self.tensors)
 
+    def sealed(self) -> Plan:
+        """This plan with its seal, as `load` will want it."""
+        return self.model_copy(update={"seal": _seal(self.model_dump())})
+
     def save(self, directory: Path) -> None:
         """Write plan.json, a tensor a line. Tensors come last, so that the summary is at the top."""
         fields = self.model_dump()
@@ -228,9 +233,23 @@ class Plan(_Model):
             raise PlanError(f"{file}: cannot be read: {error}") from error
         _check_version(file, raw)
         try:
-            return cls.model_validate(raw)
+            plan = cls.model_validate(raw)
         except ValidationError as error:
             raise PlanError([f"{file}: {_place(entry['loc'])}{entry['msg']}" for entry in error.errors()]) from error
+        if plan.seal != _seal(raw):
+            raise PlanError(
+                f"{file}: entries were edited that must not be (see docs/plan.md). Run `cpimerge plan` again"
+            )
+        return plan
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    """xxh3-128 of all that describes the inputs and the cores; the rest of a plan may be edited."""
+    fixed = {key: fields[key] for key in ("inputs", "tasks", "coefficients_xxh3")}
+    fixed["chunks"] = [fields["settings"][key] for key in ("granularity", "scope")]
+    editable = ("dtype", "blend")
+    fixed["tensors"] = [{key: x for key, x in t.items() if key not in editable} for t in fields["tensors"]]
+    return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -40,7 +40,7 @@ def make_plan(inputs: Inputs, out: Path, budget: Budget, force: bool, progress: 
         threads as pool,
     ):
         findings = Analysis(inputs, pool, budget.cache_bytes, files.add, progress).run()
-        plan = _conclude(inputs, findings, files)
+        plan = _conclude(inputs, findings, files).sealed()
         plan.save(directory)
     return plan
 

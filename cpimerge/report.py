@@ -15,10 +15,22 @@ from rich.text import Text
 from .budget import format_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .demo import DemoResult
     from .estimate import Needs
     from .plan_file import Blend, Pair, Plan
 
-__all__ = ["fuse_report", "needs_report", "plan_report", "plan_summary", "printable", "render"]
+__all__ = [
+    "demo_report",
+    "demo_summary",
+    "fuse_report",
+    "needs_report",
+    "plan_report",
+    "plan_summary",
+    "printable",
+    "render",
+]
 
 MATRIX_TASKS = 10  # what fits 80 columns; more are listed pair by pair
 LISTED_PAIRS = 20
@@ -78,11 +90,11 @@ def plan_report(plan: Plan) -> Iterator[RenderableType]:
     yield from (f"note: {line}" for line in (*_remarks(plan), *map(printable, plan.notes)))
 
 
-def _titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Titled:
-    """A table under its title. The second column holds names, which may fold; the others hold numbers."""
+def _titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Titled:
+    """A table under its title. The column `names`, from 0, holds names, which may fold; the others hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for number, heading in enumerate(headings):
-        name = number == 1
+        name = number == names
         table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for row in rows:
         table.add_row(*row)
@@ -255,3 +267,30 @@ def fuse_report(manifest: Mapping[str, Any], out: object) -> str:
 
 
 ACTIONS = {"slerp": "slerp", "lerp": "lerp", "identical": "identical everywhere", "copy": "not floating-point"}
+
+
+def demo_report(result: DemoResult) -> Iterator[RenderableType]:
+    """Scores of every model on every task, what they say, and the time they took."""
+    rows = [
+        (model, *(f"{row[task]:.1%}" for task in result.tasks), f"{result.relative(model):.1%}")
+        for model, row in result.scores.items()
+    ]
+    headings = ("model", *result.tasks, "of experts")
+    yield from _titled(
+        "Scores: share of the next bytes that are right, on test data held out of training", headings, rows, 0
+    )
+    yield "of experts: the score as a share of that of the task's own expert, in the mean over the tasks"
+    yield f"\n{result.verdict()}"
+    parts = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
+    yield f"took {sum(result.seconds.values()):.1f} s: {parts}"
+
+
+def demo_summary(result: DemoResult, kept: Path | None) -> dict[str, Any]:
+    """The demo for machines; `kept`: where its checkpoints stay, None where they do not."""
+    return {
+        "scores": result.scores,
+        "relative": {model: result.relative(model) for model in result.scores},
+        "verdict": result.verdict(),
+        "seconds": result.seconds,
+        "directory": None if kept is None else str(kept),
+    }

@@ -113,7 +113,7 @@ class Buffers:
     """One worker's reusable memory, for chunks of up to `count` checkpoints and `cache_bytes` of whole tensors."""
 
     def __init__(self, count: int, cache_bytes: int) -> None:
-        self.cache = np.empty(cache_bytes, np.uint8)
+        self.cache = np.empty(cache_bytes // 2, np.uint8)  # the other half is for results
         self.raw = np.empty((count, 8 * CHUNK), np.uint8)  # 8-byte integers are the largest; untouched is not taken
         self._values = np.empty(count * CHUNK, np.float32)
         self.spare = np.empty(CHUNK, np.float32)

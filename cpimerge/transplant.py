@@ -87,7 +87,10 @@ def _elect(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Float
     for claim in claims:
         claimed = _claimed(contested, claim, len(claim.values))
         updates.append(np.where(claimed, claim.values[contested] - origin, np.float32(0)))
-    sign = np.sign(np.add.reduce(updates, axis=0, dtype=np.float32))
+    balance = np.zeros(contested.size, np.float32)
+    for update in updates:  # not numpy's sum, whose order depends on the shape
+        balance += update
+    sign = np.sign(balance)
     total = np.zeros(contested.size, np.float32)
     count = np.zeros(contested.size, np.float32)
     for update in updates:

@@ -1111,6 +1111,8 @@ def edited_tensor(home: Path, **entries: object) -> None:
     write_json(home / "plan/plan.json", content)
 
 
+SEALED = "plan/plan.json: entries were edited that must not be (see docs/plan.md). Run `cpimerge plan` again"
+
 PLANS: dict[str, tuple[Spoil, list[str]]] = {
     "none": (
         lambda home: shutil.rmtree(home / "plan"),
@@ -1137,11 +1139,14 @@ PLANS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "chunk": (
         lambda home: edited_tensor(home, first_chunk=99),
-        ["plan/cores/00.roaring: has no chunk 99, which plan.json refers to. Run `cpimerge plan` again"],
+        [SEALED],
     ),
+    "tasks of a tensor": (lambda home: edited_tensor(home, tasks={}), [SEALED]),
+    "action": (lambda home: edited_tensor(home, action="copy", blend=None), [SEALED]),
+    "dtypes": (lambda home: edited_tensor(home, dtype="XX", base_dtype="XX"), [SEALED]),
     "chunk of another tensor": (
         lambda home: edited_tensor(home, first_chunk=0),
-        ["plan/cores/00.roaring: chunk 0 does not fit its tensor. Run `cpimerge plan` again"],
+        [SEALED],
     ),
     "core": (
         lambda home: flip(home / "plan/cores/01.roaring", 5),
@@ -1156,8 +1161,7 @@ def test_rows_that_the_plan_does_not_have(home: Path) -> None:
     recipe(home, {"density": 0, "granularity": "row"})
     plan(home)
     edited_tensor(home, first_row=99)
-    problem = "coefficients.npy: has no row 100. Run `cpimerge plan` again"
-    assert refused(home, lambda: fuse(home)) == (PlanError, [problem])
+    assert refused(home, lambda: fuse(home)) == (PlanError, [SEALED])
 
 
 def test_a_mean_beyond_float32(home: Path) -> None:

@@ -45,7 +45,9 @@ def test_cores_come_back(tmp_path: Path) -> None:
     cores = [[0, 5, 2**18 - 1], [], [7], list(range(0, 2**18, 2))]
     digest = write(tmp_path / "00.roaring", cores)
     reader = CoreReader(tmp_path / "00.roaring", digest)
-    assert [reader.positions(chunk, 2**18).tolist() for chunk in (3, 1, 0, 2)] == [cores[chunk] for chunk in (3, 1, 0, 2)]
+    assert [reader.positions(chunk, 2**18).tolist() for chunk in (3, 1, 0, 2)] == [
+        cores[chunk] for chunk in (3, 1, 0, 2)
+    ]
 
 
 @pytest.mark.parametrize("which", ["bitmaps", "offsets"])
@@ -60,3 +62,14 @@ def test_changed_cores_are_refused(tmp_path: Path, which: str) -> None:
         np.save(offsets_file(file), np.load(offsets_file(file))[:-1])
     with pytest.raises(PlanError, match=r"00\.roaring: is not the core that the plan was saved with"):
         CoreReader(file, digest)
+
+
+def test_chunks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "00.roaring"
+    reader = CoreReader(file, write(file, [[1, 7]]))
+    assert reader.positions(0, 8).tolist() == [1, 7]
+    with pytest.raises(PlanError, match="chunk 0 does not fit its tensor"):
+        reader.positions(0, 7)
+    for chunk in (-1, 1):
+        with pytest.raises(PlanError, match=f"has no chunk {chunk}, which"):
+            reader.positions(chunk, 8)

@@ -1,10 +1,20 @@
-from pathlib import Path
+"""The demo: its model against transformers', its data, its numbers, and the command that shows them."""
 
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click.testing
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cpimerge import tinylm
+from cpimerge import cli, demo, tinylm
 from cpimerge.demo import DemoResult, Effort, run_demo
 from cpimerge.demo_data import TASKS, tables
 from cpimerge.tinylm import Schedule, Shape, Table, TinyLlama
@@ -14,6 +24,13 @@ TINY = Effort(
     shape=SMALL,
     base=Schedule(steps=3, rate=3e-3, warmup=1, tokens=400),
     expert=Schedule(steps=2, rate=3e-3, warmup=1, tokens=400),
+    test_rows=8,
+)
+# Enough that every expert gets something right, as shares of its score are taken.
+SHORT = Effort(
+    shape=SMALL,
+    base=Schedule(steps=10, rate=1e-2, warmup=2, tokens=400),
+    expert=Schedule(steps=30, rate=1e-2, warmup=2, tokens=400),
     test_rows=8,
 )
 MODELS = ["base", *TASKS, "plain average", "fused", "fused, deltas"]
@@ -82,11 +99,7 @@ def test_the_loss_counts_the_bytes_asked_for_and_no_others() -> None:
     table = lines("1+2=3\n", "4+4=8\n")
     with torch.no_grad():
         logits = model()(table.tokens)
-        asked = [
-            -logits[row, at - 1].log_softmax(-1)[int(table.tokens[row, at])]
-            for row in (0, 1)
-            for at in (4, 5)
-        ]
+        asked = [-logits[row, at - 1].log_softmax(-1)[int(table.tokens[row, at])] for row in (0, 1) for at in (4, 5)]
         torch.testing.assert_close(tinylm.loss(model(), table), torch.stack(asked).mean())
 
 
@@ -115,9 +128,7 @@ def test_training_lowers_the_loss() -> None:
     table = lines("1+2=3\n", "4+4=8\n")
     learner = model()
     before = tinylm.loss(learner, table).item()
-    tinylm.train(
-        learner, [table], Schedule(steps=40, rate=1e-2, warmup=5, tokens=48), torch.Generator().manual_seed(1)
-    )
+    tinylm.train(learner, [table], Schedule(steps=40, rate=1e-2, warmup=5, tokens=48), torch.Generator().manual_seed(1))
     assert tinylm.loss(learner, table).item() < before / 4
 
 
@@ -189,27 +200,100 @@ def test_the_plain_average_is_the_average_of_the_experts(tmp_path: Path) -> None
     average = tinylm.load(tmp_path / "plain-average").state_dict()
     experts = [tinylm.load(tmp_path / task).state_dict() for task in TASKS]
     for name, value in average.items():
-        mean = torch.stack([expert[name] for expert in experts]).mean(0)
-        torch.testing.assert_close(value, mean, rtol=2**-8, atol=1e-6)  # rounded once, to bfloat16
+        mean = torch.stack([expert[name].double() for expert in experts]).mean(0)
+        ulp = 2.0 ** (torch.frexp(mean).exponent - 8)  # bfloat16 has 8 significant bits
+        assert ((value - mean).abs() <= ulp).all(), name
 
 
 def result(fused: tuple[float, float], average: tuple[float, float]) -> DemoResult:
     rows = {"a": (0.5, 0.0), "b": (0.1, 0.8), "plain average": average, "fused": fused}
-    return DemoResult(
-        Path(), ["a", "b"], {name: dict(zip("ab", row, strict=True)) for name, row in rows.items()}, {}
-    )
+    return DemoResult(Path(), ["a", "b"], {name: dict(zip("ab", row, strict=True)) for name, row in rows.items()}, {})
 
 
 def test_the_verdict_follows_the_numbers() -> None:
     ahead = result(fused=(0.4, 0.6), average=(0.45, 0.4))  # (0.8 + 0.75) / 2 against (0.9 + 0.5) / 2
     assert ahead.relative("fused") == pytest.approx(0.775)
     assert ahead.relative("plain average") == pytest.approx(0.7)
-    assert (
-        ahead.verdict()
-        == "fused is 7.5% ahead of plain averaging in the mean; plain averaging is better on a"
-    )
+    assert ahead.verdict() == "fused is 7.5 points ahead of plain averaging in the mean; plain averaging is better on a"
     behind = result(fused=(0.25, 0.4), average=(0.5, 0.4))
-    assert (
-        behind.verdict()
-        == "fused is 25.0% behind plain averaging in the mean; plain averaging is better on a"
-    )
+    assert behind.verdict() == "fused is 25.0 points behind plain averaging in the mean; plain averaging is better on a"
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[DemoResult]:
+    """What `run_demo` returned to the command, which does it with a small effort here."""
+    results: list[DemoResult] = []
+
+    def run_short(directory: Path, **options: Any) -> DemoResult:
+        results.append(run_demo(directory, effort=SHORT, **options))
+        return results[-1]
+
+    monkeypatch.setattr(demo, "run_demo", run_short)
+    return results
+
+
+def run(*arguments: str | Path) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(cli.main, ["demo", *map(str, arguments)], prog_name="cpimerge")
+
+
+def test_the_command_shows_what_was_measured(ran: list[DemoResult], tmp_path: Path) -> None:
+    shown = run("--output", tmp_path / "my demo")
+    assert (shown.exit_code, shown.exception) == (0, None)
+    result = ran[0]
+    title, headings, _, *rest = shown.stdout.splitlines()
+    table, text = rest[: len(MODELS)], rest[len(MODELS) :]
+    assert title == "Scores: share of the next bytes that are right, on test data held out of training"
+    assert re.split(r"  +", headings.strip()) == ["model", *TASKS, "of experts"]
+    for model, line in zip(MODELS, table, strict=True):
+        values = [*result.scores[model].values(), result.relative(model)]
+        assert re.split(r"  +", line.strip()) == [model, *(f"{value:.1%}" for value in values)]
+    assert text[2] == result.verdict()
+    assert re.fullmatch(r"took [\d.]+ s: training [\d.]+ s, merging [\d.]+ s, scoring [\d.]+ s", text[3])
+    directory = f"{tmp_path}/my demo"
+    assert text[-1] == f"checkpoints: '{directory}'   next: cpimerge plan '{directory}/fused.yml' -o PLAN_DIR"
+    assert (tmp_path / "my demo" / "fused" / "model.safetensors").is_file()
+    progress = shown.stderr.splitlines()
+    assert len(progress) == 5 + 3 + len(MODELS)  # trained, merged, scored
+    assert progress[-len(MODELS) :] == [f"scoring: {model}" for model in MODELS]
+
+
+def test_the_command_as_json_leaves_nothing_behind(
+    ran: list[DemoResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shown = run("--json", "--quiet", "--seed", "2")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    result = ran[0]
+    assert json.loads(shown.stdout) == {
+        "scores": result.scores,
+        "relative": {model: result.relative(model) for model in MODELS},
+        "verdict": result.verdict(),
+        "seconds": result.seconds,
+        "directory": None,
+    }
+    assert result.directory.parent == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_the_command_refuses_a_directory_with_something_in_it(
+    ran: list[DemoResult], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    shown = run("-o", tmp_path, *options)
+    problem = f"{tmp_path}: not empty. Give another output directory"
+    assert (shown.exit_code, shown.stderr) == (1, f"error: {problem}\n")
+    assert shown.stdout == (json.dumps({"errors": [problem]}, indent=1) + "\n" if options else "")
+    assert not ran
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_command_says_why_a_directory_cannot_be_made(ran: list[DemoResult], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown = run("-o", tmp_path / "file" / "demo")
+    cause = f"cannot be made, as {tmp_path}/file is no directory. Give another output directory"
+    assert (shown.exit_code, shown.stderr) == (1, f"error: {tmp_path}/file/demo: {cause}\n")
+    assert not ran

@@ -678,7 +678,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "the name of an external backbone": (
         entry("  - {model: ./x, name: backbone}"),
-        ["6: models[2].name: 'backbone' cannot be a task's name, as it is reserved for the backbone; give another name"],
+        [
+            "6: models[2].name: 'backbone' cannot be a task's name, as it is reserved for the backbone; "
+            "give another name"
+        ],
     ),
     "a name with a slash": (
         entry("  - {model: ./x, name: a/b}"),

@@ -296,3 +296,13 @@ def test_chunks_of_the_real_size(tmp_path: Path, dtype: torch.dtype) -> None:
         error[sorted(set().union(*cores))] = 0
         assert bool((error <= one_rounding + 4 * 2.0**-24 * terms).all())  # the blend itself is float32
     assert reference.same_bytes(*outputs)
+
+
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_elect_sums_in_stage_order_whatever_else_is_contested(tmp_path: Path, others: float) -> None:
+    """Ten updates whose float32 sum depends on its order, alone in their chunk or beside another contested element."""
+    updates = [2.0**-30, 1.0, 2.0**-24, 2.0**-24, 2.0**-24, -1.0, 2.0**-25, -(2.0**-23), 2.0**-26, -(2.0**-24)]
+    base = {"w": torch.zeros(2)}
+    experts = {f"t{n}": {"w": torch.tensor([update, others])} for n, update in enumerate(updates)}
+    s = reference.Settings(density=Fraction(1), conflict="elect", space="delta", rest=Fraction(0))
+    check_everything(tmp_path, Case(base, experts, base), s)
