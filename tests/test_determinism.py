@@ -148,10 +148,10 @@ def huge(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def peak_of(*arguments: object) -> int:
+def peak_of(*arguments: object, threads: int = 1) -> int:
     """Run cpimerge in a process of its own; its largest anonymous memory, in bytes."""
     environment = os.environ | {"PYTHONPATH": str(Path(cpimerge.__file__).parents[1]), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-m", "cpimerge", *map(str, arguments), "--threads", "1", "--quiet"]
+    command = [sys.executable, "-m", "cpimerge", *map(str, arguments), "--threads", str(threads), "--quiet"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         samples = [0]
         poll = threading.Thread(target=sample, args=(process, samples))
@@ -185,3 +185,33 @@ def test_the_smallest_budget_is_kept(huge: Path, case: dict[str, Any]) -> None:
     assert huge.joinpath("out", "model.safetensors").stat().st_size > for_fuse - RUNTIME_BYTES > 8 * CHUNK
     cpimerge.merge(path, huge / "merged", threads=2)
     assert_same(huge / "merged", huge / "out")
+
+
+def many_experts(root: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A base and `count` experts in float16; returns the recipe's keys that name them."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for number in range(count + 1):
+        update = 0.05 if number else 0.0
+        tensors = {name: (x + update * torch.randn(x.shape, generator=generator)).half() for name, x in base.items()}
+        save(root / f"model{number}", tensors)
+    return {"base_model": "./model0", "models": [{"model": f"./model{number + 1}"} for number in range(count)]}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_budget_is_kept_where_results_outgrow_what_they_come_from(tmp_path: Path) -> None:
+    """Rows of three elements: their Gram matrices take ten times the bytes of the tensors in a worker's cache."""
+    models = many_experts(tmp_path, 4, {f"conv{number}.weight": (400_000, 3) for number in range(6)})
+    path = write_recipe(tmp_path / "recipe.yml", **models, parameters={"granularity": "row"})
+    assert peak_of("plan", path, "-o", tmp_path / "plan", "--memory", "400MB", threads=2) <= 400 * MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_budget_is_kept_where_every_element_is_elected(tmp_path: Path) -> None:
+    """Ten experts claim all elements, on four threads: what the conflict rule needs beside the chunks counts."""
+    models = many_experts(tmp_path, 10, {"weight": (8, CHUNK)})
+    parameters = {"density": 1, "conflict": "elect", "space": "delta", "rest": 0}
+    path = write_recipe(tmp_path / "recipe.yml", **models, parameters=parameters, dtype="float32")
+    cpimerge.plan(path, tmp_path / "plan", threads=2)
+    budget = least_fuse(tmp_path / "plan", threads=4)
+    assert peak_of("fuse", tmp_path / "plan", "-o", tmp_path / "out", "--memory", budget, threads=4) <= budget
