@@ -162,7 +162,7 @@ class _Fusion:
     def _blend(self, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Bits:
         """The chunk's blend with the cores over it, as bits of the output dtype."""
         delta = self.plan.settings.space == "delta"
-        values = self._decode(infos, stored, job.chunk)
+        values = self.pool.decode(infos, stored, job.chunk)
         members = values[: len(self.plan.fold)]
         if delta:
             origin = values[self.base].copy()
@@ -171,18 +171,11 @@ class _Fusion:
         kernels.blend(members, self._coefficients(job), min(job.chunk.row, job.chunk.size), blended)
         if delta:
             blended += origin
-            values = self._decode(infos, stored, job.chunk)
+            values = self.pool.decode(infos, stored, job.chunk)
         out = encode(blended, job.tensor.dtype)
         claims = [self._claim(task, job, infos, stored, values) for task in self.plan.order]
         transplant(out, claims, self.plan.settings.conflict, values[self.base], job.tensor.dtype)
         return self._finite(job, out)
-
-    def _decode(self, infos: Sequence[TensorInfo], stored: Sequence[Bytes], chunk: Chunk) -> Floats:
-        """float32 [sources, n] in the calling worker's buffers."""
-        values = self.pool.buffers.values(len(stored), chunk.size)
-        for info, raw, row in zip(infos, stored, values, strict=True):
-            decode(raw, info.dtype, row)
-        return values
 
     def _coefficients(self, job: _Job) -> Floats:
         """float32 [R, V] for the rows that the chunk touches."""

@@ -17,7 +17,7 @@ from pyroaring import BitMap
 from . import kernels
 from .cores import Positions, Threshold, bitmap, pair_counts
 from .preflight import TensorSpec
-from .stream import EXPONENT, Bytes, Chunk, Floats, Workers, bits_of, decode
+from .stream import EXPONENT, Bytes, Chunk, Floats, Workers, bits_of
 
 __all__ = ["Block", "Load", "Passes", "Settled", "Surveyed"]
 
@@ -85,7 +85,7 @@ class Passes:
             if surveyed.identical:
                 surveyed.identical = same_dtype and all(np.array_equal(stored[0], raw) for raw in stored[1:])
             if spec.is_float:
-                self._survey_values(surveyed, chunk, self._decode(spec, chunk, stored))
+                self._survey_values(surveyed, chunk, self.workers.decode(spec.sources, stored, chunk))
             elif not surveyed.identical:
                 _note_differences(surveyed.faults, spec, chunk, stored)
         return surveyed
@@ -166,14 +166,7 @@ class Passes:
 
     def _values(self, block: Block) -> Iterator[tuple[Chunk, Floats]]:
         for chunk in block.chunks:
-            yield chunk, self._decode(block.spec, chunk, self.load(block.spec, chunk))
-
-    def _decode(self, spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> Floats:
-        """float32 [C, n] in the calling worker's buffers."""
-        values = self.workers.buffers.values(len(stored), chunk.size)
-        for raw, info, row in zip(stored, spec.sources, values, strict=True):
-            decode(raw, info.dtype, row)
-        return values
+            yield chunk, self.workers.decode(block.spec.sources, self.load(block.spec, chunk), chunk)
 
     def _magnitudes(self, values: Floats, count: int | None = None) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
         """(task, bit patterns uint32 [n] of |Δ|) of `count` tasks; the array is reused for the next task."""

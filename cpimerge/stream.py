@@ -150,6 +150,13 @@ class Workers:
             result.append(raw)
         return result
 
+    def decode(self, sources: Sequence[TensorInfo], stored: Sequence[Bytes], chunk: Chunk) -> Floats:
+        """What `read` brought as float32 [sources, n], in the calling thread's buffers."""
+        values = self.buffers.values(len(stored), chunk.size)
+        for info, raw, row in zip(sources, stored, values, strict=True):
+            decode(raw, info.dtype, row)
+        return values
+
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Like `map`, in parallel; at most a few results wait, and the first exception ends the rest."""
         pending: deque[Future[Result]] = deque()
