@@ -37,7 +37,7 @@ clean: ## remove .venv and the caches
 # A stamp is written last, so a set-up that was cut off is done again; it is renewed when what it installs changes.
 $(VENV)/stamp-run: $(VENV)/stamp-python pyproject.toml constraints.txt
 	@echo "Installing cpimerge into $(VENV); PyTorch is large, so this can take some minutes."
-	@$(INSTALL) .
+	@$(INSTALL) '.[demo]'
 	@touch $@
 
 $(VENV)/stamp-test: $(VENV)/stamp-run

@@ -1,9 +1,10 @@
 """Times cpimerge beside reading the files, copying one, and mergekit, all in turn on the same inputs.
 
-    python benchmarks/bench.py                      # about five minutes; 0.25 B parameters, four experts
-    python benchmarks/bench.py --no-mergekit -n 5
+    python benchmarks/bench.py                            # the table of the README
+    python benchmarks/bench.py --sections scopes,small
+    python benchmarks/bench.py --sections all --directory /data/bench
 
-Every command is a process of its own, so start-up counts. Prints medians, and ratios to what the disk would do.
+Every command is a process of its own. Prints medians of the rounds, and ratios, each the median of those of the rounds.
 """
 
 from __future__ import annotations
@@ -11,145 +12,81 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-BIN = Path(sys.executable).parent
-DENSITY = 0.01
+import sections
+from floor import Bench
+from main_section import main_section
 
 
-@dataclass
-class Contender:
-    """A command with its times in seconds and its peak resident memory in bytes."""
+@dataclass(frozen=True)
+class Section:
+    """Something to measure. `minutes`: about how long, on two cores, its inputs made anew."""
 
-    name: str
-    command: list[str]
-    before: Callable[[], None]
-    seconds: list[float] = field(default_factory=list)
-    peak: int = 0
-
-    def run(self) -> None:
-        self.before()
-        start = time.perf_counter()
-        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=OFFLINE)
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        self.seconds.append(time.perf_counter() - start)
-        self.peak = max(self.peak, usage.ru_maxrss * 1024)
-        if status:
-            raise SystemExit(f"{self.name} failed:\n{errors.decode(errors='replace')}")
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
+    run: Callable[[Bench], str]
+    rounds: int
+    minutes: int
+    what: str
 
 
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+SECTIONS = {
+    "main": Section(main_section, 3, 6, "plan and fuse beside cat, a flushed copy and mergekit; start-up; predictions"),
+    "scopes": Section(
+        sections.scopes, 3, 4, "scope global, scope layer, granularity row, space delta beside the default"
+    ),
+    "experts": Section(sections.experts, 3, 5, "seconds for each GB with 2, 4, 8 and 16 experts"),
+    "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint; --large: and 8 GB"),
+    "small": Section(sections.small, 3, 3, "the same bytes in 300 and in 20,100 tensors"),
+    "cold": Section(sections.cold, 3, 3, "plan and fuse of files that are not in the page cache (Linux)"),
+    "memory": Section(sections.memory, 1, 3, "what plan and fuse of one tensor of 1 GiB allocate (Linux)"),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", "--rounds", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="words; 1024 parameters each, and 0.22 B beside")
-    parser.add_argument("--directory", type=Path, help="where inputs are kept; default: a temporary directory")
-    parser.add_argument("--no-mergekit", action="store_true")
-    options = parser.parse_args()
+    options = parse()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="cpimerge-bench-"))
+    print(f"{os.cpu_count()} processors; medians of rounds in which all commands run in turn")
     try:
-        paths = inputs(directory, options.vocabulary, options.experts)
-        contenders = ours(directory, paths) + ([] if options.no_mergekit else mergekit(directory, paths))
-        for _ in range(options.rounds):
-            for contender in contenders:
-                contender.run()
-        report(paths, contenders)
+        for name in options.sections:
+            print(f"\n{name}: {SECTIONS[name].what}\n", flush=True)
+            print(measure(SECTIONS[name], directory, options), end="", flush=True)
     finally:
         if options.directory is None:
             shutil.rmtree(directory)
 
 
-def inputs(directory: Path, vocabulary: int, experts: int) -> list[Path]:
-    """The checkpoints, made by a process of its own: a child's peak memory begins with that of its parent."""
-    script = Path(__file__).with_name("inputs.py")
-    sizes = ["--vocabulary", str(vocabulary), "--experts", str(experts)]
-    subprocess.run([sys.executable, str(script), str(directory), *sizes], check=True)
-    return [directory / name for name in ("base", *(f"expert{n}" for n in range(1, experts + 1)))]
-
-
-def ours(directory: Path, paths: list[Path]) -> list[Contender]:
-    """The floor (reading all, a flushed copy of one) and cpimerge; the first `plan` has compiled the kernels."""
-    files = [str(path / "model.safetensors") for path in paths]
-    models = "".join(f"  - model: {path}\n" for path in paths[1:])
-    text = f"merge_method: cpi\nbase_model: {paths[0]}\nmodels:\n{models}parameters: {{density: {DENSITY}}}\n"
-    recipe = directory / "recipe.yml"
-    recipe.write_text(text)
-    plan, out, copy = directory / "plan", directory / "out", directory / "copy"
-    tool = str(BIN / "cpimerge")
-    subprocess.run([tool, "plan", str(recipe), "-o", str(plan), "--quiet", "--force"], check=True)
-    return [
-        Contender("cat of all inputs", ["cat", *files], nothing),
-        Contender("flushed copy of one", ["dd", f"if={files[0]}", f"of={copy}", "bs=4M", "conv=fsync"], remove(copy)),
-        Contender("cpimerge --help", [tool, "--help"], nothing),
-        Contender("cpimerge plan", [tool, "plan", str(recipe), "-o", str(plan)], remove(plan)),
-        Contender("cpimerge fuse", [tool, "fuse", str(plan), "-o", str(out)], remove(out)),
-    ]
-
-
-def mergekit(directory: Path, paths: list[Path]) -> list[Contender]:
-    """mergekit's linear, multislerp and ties on the same files."""
-    models = "".join(f"  - model: {path}\n    parameters: {{weight: 1, density: {DENSITY}}}\n" for path in paths[1:])
-    result = []
-    for method, base in (("linear", ""), ("multislerp", ""), ("ties", f"base_model: {paths[0]}\n")):
-        config = directory / f"{method}.yml"
-        config.write_text(f"merge_method: {method}\n{base}models:\n{models}dtype: bfloat16\n")
-        out = directory / f"mergekit-{method}"
-        command = [str(BIN / "mergekit-yaml"), str(config), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
-        result.append(Contender(f"mergekit {method}", command, remove(out)))
-    return result
-
-
-def nothing() -> None:
-    """Nothing to tidy up."""
-
-
-def remove(path: Path) -> Callable[[], None]:
-    """What a command is about to write must not be there; nor may earlier writes still be on their way."""
-
-    def tidy() -> None:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        os.sync()
-
-    return tidy
-
-
-def report(paths: list[Path], contenders: list[Contender]) -> None:
-    size = sum((path / "model.safetensors").stat().st_size for path in paths)
-    by_name = {contender.name: contender for contender in contenders}
-    read, copy = by_name["cat of all inputs"].median, by_name["flushed copy of one"].median
-    both = by_name["cpimerge plan"].median + by_name["cpimerge fuse"].median
-    print(
-        f"{len(paths) - 1} experts and a base of {size / len(paths) / 1e9:.2f} GB each, {os.cpu_count()} processors, ",
-        end="",
+def parse() -> argparse.Namespace:
+    lines = (f"  {name:8} about {one.minutes} minutes: {one.what}" for name, one in SECTIONS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(("sections:", *lines)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    print(f"files in the page cache, medians of {len(contenders[0].seconds)} runs in turn\n")
-    print("| command | seconds | peak memory | against |")
-    print("|---|---|---|---|")
-    for contender in contenders:
-        against = ""
-        if contender.name == "cpimerge plan":
-            against = f"{contender.median / read:.1f} × cat of all inputs"
-        elif contender.name == "cpimerge fuse":
-            against = f"{contender.median / (read + copy):.1f} × cat and flushed copy"
-        elif contender.name.startswith("mergekit"):
-            against = f"{contender.median / both:.1f} × cpimerge plan and fuse"
-        print(f"| {contender.name} | {contender.median:.2f} | {contender.peak / 1e6:.0f} MB | {against} |")
+    parser.add_argument("--sections", type=chosen, default=["main"], help="with commas between, or all; default: main")
+    parser.add_argument("-n", "--rounds", type=int, help="default: each section's own, 3 but for memory")
+    parser.add_argument("--directory", type=Path, help="where inputs are kept; default: a temporary directory")
+    parser.add_argument("--large", action="store_true", help="sizes: also 8 GB a checkpoint; 60 GB of disk, 30 minutes")
+    parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument("--scale", type=float, default=1, help="shortens every tensor, to try the benchmark itself")
+    return parser.parse_args()
+
+
+def chosen(text: str) -> list[str]:
+    names = list(SECTIONS) if text == "all" else text.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(SECTIONS)}, all")
+    return names
+
+
+def measure(section: Section, directory: Path, options: argparse.Namespace) -> str:
+    """Run a section in an empty directory of its own, which goes when it ends."""
+    rounds = options.rounds or section.rounds
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="work-", dir=directory) as work:
+        return section.run(Bench(directory, Path(work), rounds, options.scale, options.large, not options.no_mergekit))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,109 @@
-"""Makes the benchmark's inputs: a Llama-shaped base and fine-tunes of it, from a seed, tensor by tensor."""
+"""Makes the benchmark's inputs: a base and fine-tunes of it, from a seed, block by block; bfloat16 throughout.
+
+    python benchmarks/inputs.py DIRECTORY usual --experts 4
+
+`bench.py` runs it as a process of its own, as a child's peak memory begins with that of its parent.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from cpimerge.writer import OutputTensor, ShardLayout, ShardWriter, shard_layouts
+from cpimerge.writer import OutputTensor, ShardLayout, ShardWriter, index_json, shard_layouts
 
-HIDDEN, LAYERS, INTERMEDIATE = 1024, 16, 4096
 STEP = 1e-3  # the size of an update; the weights' is 0.03
+BLOCK = 1 << 22  # elements that are drawn at once
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def make_inputs(directory: Path, vocabulary: int, experts: int, seed: int = 0) -> None:
-    """Write `base` and `expert1`… below `directory` unless they are there.
-
-    bfloat16, 0.22 billion parameters and 1024 for each word of the vocabulary.
-    """
-    paths = [directory / name for name in ("base", *(f"expert{n}" for n in range(1, experts + 1)))]
-    for number, path in enumerate(paths):
-        if not (path / "config.json").is_file():
-            path.mkdir(parents=True, exist_ok=True)
-            (layout,) = shard_layouts(_tensors(vocabulary))
-            _write(path / layout.filename, layout, seed, number)
-            (path / "config.json").write_text(json.dumps(_config(vocabulary)))
-
-
-def _tensors(vocabulary: int) -> Iterator[OutputTensor]:
-    for name, shape in _shapes(vocabulary).items():
-        yield OutputTensor(name, "BF16", shape)
-
-
-def _shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
-    for layer in range(LAYERS):
+def llama(hidden: int, layers: int, intermediate: int, vocabulary: int) -> Shapes:
+    """A Llama with a quarter of the attention heads for keys and values."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
         block = f"model.layers.{layer}."
-        shapes |= {block + f"self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qo"}
-        shapes |= {block + f"self_attn.{part}_proj.weight": (HIDDEN // 4, HIDDEN) for part in "kv"}
-        shapes |= {block + f"mlp.{part}_proj.weight": (INTERMEDIATE, HIDDEN) for part in ("gate", "up")}
-        shapes[block + "mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        shapes |= {block + f"{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
-    return shapes | {"model.norm.weight": (HIDDEN,)}
+        shapes |= {block + f"self_attn.{part}_proj.weight": (hidden, hidden) for part in "qo"}
+        shapes |= {block + f"self_attn.{part}_proj.weight": (hidden // 4, hidden) for part in "kv"}
+        shapes |= {block + f"mlp.{part}_proj.weight": (intermediate, hidden) for part in ("gate", "up")}
+        shapes[block + "mlp.down_proj.weight"] = (hidden, intermediate)
+        shapes |= {block + f"{part}_layernorm.weight": (hidden,) for part in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (hidden,)}
 
 
-def _write(file: Path, layout: ShardLayout, seed: int, number: int) -> None:
+def mixture(experts: int, rows: int) -> Shapes:
+    """The matrices of a mixture-of-experts model: 25 layers of `experts`, three each. Experts × rows fix the bytes."""
+    return {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": (rows, 432)
+        for layer in range(25)
+        for expert in range(experts)
+        for part in ("gate", "up", "down")
+    }
+
+
+MODELS: dict[str, Shapes] = {
+    "point": {"model.norm.weight": (1024,)},  # nothing to do: what is left is start-up
+    "little": llama(1024, 2, 4096, 20_000),  # 0.1 GB
+    "usual": llama(1024, 16, 4096, 32_000),  # 0.55 GB
+    "large": llama(4096, 16, 14_336, 128_000),  # 8 GB
+    "few": mixture(4, 67 * 32),  # 0.55 GB in 300 tensors
+    "many": mixture(4 * 67, 32),  # the same bytes in 20,100
+    "giant": {"model.embed_tokens.weight": (1 << 19, 1024)},  # one tensor of 1 GiB
+}
+
+
+def make_inputs(directory: Path, model: str, experts: int, scale: float = 1, seed: int = 0) -> None:
+    """Write `base` and `expert1`… below `directory` unless they are there, whole. `scale` shortens every tensor."""
+    shapes = {name: (max(1, round(scale * rows)), *rest) for name, (rows, *rest) in MODELS[model].items()}
+    for number, name in enumerate(("base", *(f"expert{n}" for n in range(1, experts + 1)))):
+        path = directory / name
+        if not (path / "config.json").is_file():  # it is written last
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            _write(path, shapes, seed, number)
+
+
+def _write(path: Path, shapes: Shapes, seed: int, number: int) -> None:
+    """One checkpoint; number 0 is the base."""
+    layouts = shard_layouts(OutputTensor(name, "BF16", shape) for name, shape in shapes.items())
+    base, own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + number)
+    for layout in layouts:
+        _write_shard(path / layout.filename, layout, base, own if number else None)
+    if len(layouts) > 1:
+        (path / "model.safetensors.index.json").write_text(index_json(layouts))
+    (path / "config.json").write_text(json.dumps(_config(shapes)))
+
+
+def _write_shard(file: Path, layout: ShardLayout, base: torch.Generator, own: torch.Generator | None) -> None:
     writer = ShardWriter(file, layout.header())
-    for index, tensor in enumerate(layout.tensors):
-        values = 0.03 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed + index))
-        if number:  # a fine-tune starts from what the base has stored
-            generator = torch.Generator().manual_seed(seed + 10_000 * number + index)
-            values = values.bfloat16().float() + STEP * torch.randn(tensor.shape, generator=generator)
-        writer.append(memoryview(values.bfloat16().view(torch.uint8).flatten().numpy()))
+    for tensor in layout.tensors:
+        for values in _values(math.prod(tensor.shape), base, own):
+            writer.append(memoryview(values.view(torch.uint8).numpy()))
     writer.finish()
 
 
-def _config(vocabulary: int) -> dict[str, object]:
+def _values(elements: int, base: torch.Generator, own: torch.Generator | None) -> Iterator[torch.Tensor]:
+    """The base's values, which every checkpoint draws alike; a fine-tune adds updates of its own to them."""
+    for start in range(0, elements, BLOCK):
+        size = min(BLOCK, elements - start)
+        values = (0.03 * torch.randn(size, generator=base)).bfloat16()
+        if own is not None:  # a fine-tune starts from what the base has stored
+            values = (values.float() + STEP * torch.randn(size, generator=own)).bfloat16()
+        yield values
+
+
+def _config(shapes: Shapes) -> dict[str, object]:
+    """What mergekit asks for."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "intermediate_size": INTERMEDIATE,
-        "vocab_size": vocabulary,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        "num_hidden_layers": len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")}),
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     }
@@ -75,6 +112,7 @@ def _config(vocabulary: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="words; 1024 parameters each, and 0.22 B beside")
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--scale", type=float, default=1, help="shortens every tensor")
     make_inputs(**vars(parser.parse_args()))

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import fuse, merge, plan
+from .api import estimate, fuse, merge, plan
 from .errors import (
     CheckpointError,
     CpimergeError,
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ResourceError",
+    "estimate",
     "fuse",
     "load_recipe",
     "merge",

@@ -1,14 +1,16 @@
 """The streamed read of `plan`: every tensor's cores, overlaps, update statistics and Gram matrices.
 
-Tensors that share a budget form a pool (METHOD §1). A pool takes four passes over its chunks:
+Tensors that share a budget form a pool (METHOD §1). A pool is examined in three steps:
 
-    survey       hashes, finiteness, update statistics; high halves of the magnitudes → where the k-th largest lies
-    refine       low halves of those that lie there                                  → the exact threshold
-    count_ties   how many elements of each chunk equal it                            → which ties are in
-    settle       the cores, their overlaps, and the Gram matrix of what is in no core
+    sample    a few elements: between which magnitudes each core's smallest must lie      → a bracket for each task
+    scan      one look at everything: hashes, statistics, and what is certain by the bracket; what is not is kept
+    resolve   the exact thresholds, from what was kept; then the rest of the cores and of the Gram matrices
 
-A pool that fits a worker's cache is read once, and all its passes run on that worker. A larger one is read for every
-pass, its blocks shared among the workers. Both do the same sums in the same order.
+So everything is read once. Only where a bracket proves wrong, or holds too many elements to keep (many equal updates),
+is the pool read again: to find the thresholds by counting, and to settle what could not be kept.
+
+A small pool is examined by one worker, in memory. The blocks of a large one are shared by all workers, and what they
+keep waits on a shelf. Both do the same sums in the same order, and which it is depends on the sizes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from itertools import groupby
+from itertools import groupby, islice
 from operator import add
 from typing import Any
 
@@ -25,18 +27,24 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from . import kernels
 from .cores import NOTHING, Threshold, budget
 from .errors import IncompatibleError
-from .passes import Block, Counts, Load, Passes, Settled, Surveyed
+from .kernels import scanning
+from .kernels.arrays import Bits
+from .kernels.scanning import Found
+from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import Inputs, TensorSpec, pools
-from .stream import BLOCK_CHUNKS, PENDING, Bytes, Chunk, Progress, Workers, chunks, row_count
+from .selection import Bracket, everything, narrow, pick
+from .shelf import Shelf, Shelved
+from .stream import BLOCK_CHUNKS, CHUNK, Progress, Workers, chunks
 
-__all__ = ["Analysis", "Findings", "content_hash", "fits_cache"]
+__all__ = ["SMALL", "Analysis", "Findings", "content_hash", "examine", "is_small"]
 
-PASSES = 4
+SMALL = 16  # chunks of a pool that one worker examines in memory
+GATHERED = 1 << 20  # magnitudes of a task that are looked at together
 
 Pool = list[TensorSpec]
+Result = Scanned | Settled
 Run = Callable[..., Iterator[Any]]  # `map`: here, or on all workers
 
 
@@ -75,12 +83,12 @@ class Analysis:
 
     inputs: Inputs
     workers: Workers
-    cache_bytes: int  # the largest pool that a worker keeps whole
+    shelf: Shelf
     sink: Callable[[Settled], None]
     progress: Progress
     findings: dict[str, Findings] = field(init=False)
     problems: dict[tuple[str, int], str] = field(default_factory=dict)  # by tensor and checkpoint
-    pools_done: int = 0  # bytes
+    bytes_done: int = 0
 
     def __post_init__(self) -> None:
         tasks = len(self.inputs.recipe.tasks)
@@ -88,151 +96,207 @@ class Analysis:
 
     def run(self) -> dict[str, Findings]:
         """Findings by tensor name. Raises IncompatibleError naming every NaN, Inf and unequal non-float tensor."""
-        every = pools(self.inputs.tensors, self.inputs.recipe.scope).values()
-        granularity = self.inputs.recipe.granularity
-        for small, group in groupby(every, key=lambda pool: fits_cache(pool, granularity, self.cache_bytes)):
-            for pool, results in self.workers.map(self._cached, group) if small else map(self._streamed, group):
+        for small, batch in _batches(pools(self.inputs.tensors, self.inputs.recipe.scope).values()):
+            for results in self.workers.map(self._examine_all, batch) if small else map(self._share, batch):
                 for result in results:
                     self._keep(result)
-                self.pools_done += _nbytes(pool)
-                self.progress("plan", self.pools_done, self.inputs.nbytes)
+        self.progress("plan", self.inputs.nbytes, self.inputs.nbytes)
         if self.problems:
             raise IncompatibleError(self.problems[key] for key in sorted(self.problems))
         return self.findings
 
-    def _cached(self, pool: Pool) -> tuple[Pool, list[Settled]]:
-        """A small pool: read once, then every pass on this worker."""
-        stored = self._read_whole(pool)
+    def _examine_all(self, some: list[Pool]) -> list[Result]:
+        """Small pools, on this worker."""
+        granularity, passes = self.inputs.recipe.granularity, self._passes()
+        return [result for pool in some for result in examine(pool, granularity, passes, map)]
 
-        def load(spec: TensorSpec, chunk: Chunk) -> list[Bytes]:
-            return [
-                raw[chunk.start * info.item_bytes : chunk.stop * info.item_bytes]
-                for raw, info in zip(stored[spec.name], spec.sources, strict=True)
-            ]
+    def _share(self, some: list[Pool]) -> Iterator[Result]:
+        """Large pools, on all workers."""
+        granularity = self.inputs.recipe.granularity
+        for pool in some:
+            yield from examine(pool, granularity, self._passes(), self.workers.map, self.shelf)
+            self.shelf.clear()
 
-        return pool, list(self._settle(pool, self._passes(load), map))
-
-    def _read_whole(self, pool: Pool) -> dict[str, list[Bytes]]:
-        """Each tensor's bytes from every checkpoint, in this worker's cache."""
-        stored: dict[str, list[Bytes]] = {}
-        free = self.workers.buffers.cache
-        for spec in pool:
-            stored[spec.name] = []
-            for info in spec.sources:
-                raw, free = free[: info.nbytes], free[_aligned(info.nbytes) :]
-                info.read_into(memoryview(raw), 0)
-                stored[spec.name].append(raw)
-        return stored
-
-    def _streamed(self, pool: Pool) -> tuple[Pool, Iterator[Settled]]:
-        """A large pool: every pass reads its chunks again, and all workers share them."""
-        passes = self._passes(lambda spec, chunk: self.workers.read(spec.sources, chunk))
-        share = _nbytes(pool) / (PASSES * max(1, len(_blocks(pool, self.inputs.recipe.granularity))))
-        results_seen = 0
-
-        def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-            nonlocal results_seen
-            for result in self.workers.map(function, items):
-                results_seen += 1
-                self.progress("plan", self.pools_done + int(results_seen * share), self.inputs.nbytes)
-                yield result
-
-        return pool, self._settle(pool, passes, run)
-
-    def _passes(self, load: Load) -> Passes:
+    def _passes(self) -> Passes:
         recipe = self.inputs.recipe
-        members = slice(self.inputs.first_member, len(self.inputs.checkpoints))
-        return Passes(load, self.workers, len(recipe.tasks), members, recipe.space == "delta")
+        return Passes(self.workers, len(recipe.tasks), self.inputs.first_member, recipe.space == "delta")
 
-    def _settle(self, pool: Pool, passes: Passes, run: Run) -> Iterator[Settled]:
-        """All passes over one pool; nothing comes of it where a tensor is unfit to merge."""
-        blocks = _blocks(pool, self.inputs.recipe.granularity)
-        histogram: Counts | None = None
-        sound = True
-        for surveyed in run(passes.survey, blocks):
-            self._record(surveyed)
-            sound &= not surveyed.faults and not surveyed.overflows
-            if surveyed.histogram is not None:
-                histogram = surveyed.histogram if histogram is None else histogram + surveyed.histogram
-        if not sound or not pool[0].is_float:
+    def _keep(self, result: Result) -> None:
+        if isinstance(result, Scanned):
+            self._keep_scanned(result)
             return
-        blocks = [block for block in blocks if not self.findings[block.spec.name].identical]
-        thresholds = self._thresholds(pool, histogram, partial(_refine, passes, run, blocks))
-        limits = _limits(passes, run, blocks, thresholds)
-        for results in run(passes.settle, zip(blocks, limits, strict=True)):
-            yield from results
+        findings = self.findings[result.spec.name]
+        findings.pairs += result.pairs
+        findings.claimed += result.claimed
+        findings.sums += result.sums
+        self.sink(result)
 
-    def _record(self, surveyed: Surveyed) -> None:
-        """Keep what the survey of a block says of its tensor."""
-        spec = surveyed.spec
+    def _keep_scanned(self, scanned: Scanned) -> None:
+        """What the first look at a chunk says of its tensor; chunks come in order."""
+        spec = scanned.spec
         findings = self.findings[spec.name]
-        findings.identical &= surveyed.identical
-        findings.updates += surveyed.updates
-        for known, new in zip(findings.digests, surveyed.digests, strict=True):
-            known.extend(new)
-        for checkpoint, place in surveyed.faults.items():
-            # Blocks come in order, so the first that is kept is the tensor's first.
+        findings.identical &= scanned.identical
+        findings.updates += scanned.counts[:, :3]
+        for known, new in zip(findings.digests, scanned.digests, strict=True):
+            known.append(new)
+        for checkpoint, place in scanned.faults.items():  # the first that is kept is the tensor's first
             self.problems.setdefault((spec.name, checkpoint), _fault(spec, self.inputs, checkpoint, place))
-        for checkpoint, place in surveyed.overflows.items():
+        for checkpoint, place in scanned.overflows.items():
             where = _where(spec, self.inputs, checkpoint, place)
             text = f"{where} is so far from the base's value that their difference does not fit float32"
             self.problems.setdefault((spec.name, checkpoint), f"{text}. Take another checkpoint")
+        self.bytes_done += sum(scanned.chunk.size * info.item_bytes for info in spec.sources)
+        self.progress("plan", self.bytes_done, self.inputs.nbytes)
 
-    def _keep(self, settled: Settled) -> None:
-        findings = self.findings[settled.spec.name]
-        findings.pairs += settled.pairs
-        findings.claimed += settled.claimed
-        findings.sums += settled.sums
-        self.sink(settled)
+
+def examine(pool: Pool, granularity: str, passes: Passes, run: Run, shelf: Shelf | None = None) -> Iterator[Result]:
+    """Every chunk of a pool as first scanned, without its arrays; then, if all are sound, those settled that differ.
+
+    With a `shelf`, scanned chunks wait there, not in memory.
+    """
+    return _Examination(pool, granularity, passes, run, shelf).results()
+
+
+class _Examination:
+    """One pool, from its sample to its settled chunks."""
+
+    def __init__(self, pool: Pool, granularity: str, passes: Passes, run: Run, shelf: Shelf | None) -> None:
+        self.pool = pool
+        self.passes = passes
+        self.run = run
+        self.shelf = shelf
+        self.blocks = _blocks(pool, granularity)
+
+    def results(self) -> Iterator[Result]:
+        if not self.pool[0].is_float:
+            for block in self.run(self.passes.compare, self.blocks):
+                yield from block
+            return
+        elements = _elements(self.pool)
+        sizes = [budget(p, elements) if self.pool[0].eligible else 0 for p in self.pool[0].density]
+        (bracket,) = self.run(partial(self.passes.sample, self.blocks), [sizes])
+        scanned, sound, changed = [], True, np.zeros(len(sizes), np.int64)
+        for one in self._scan(bracket):
+            yield replace(one, kept=None)
+            sound &= not one.faults and not one.overflows
+            changed += one.counts[:, 0]
+            scanned.append(replace(one, digests=()))
+        if sound:
+            self._drop_identical(scanned)
+            yield from self._settle(bracket, self._of_blocks(scanned), np.minimum(sizes, changed))
+
+    def _scan(self, bracket: Bracket) -> Iterator[Scanned]:
+        for block in self.run(partial(self._scan_block, bracket=bracket), self.blocks):
+            yield from block
+
+    def _scan_block(self, block: Block, bracket: Bracket) -> list[Scanned]:
+        scanned = self.passes.scan(block, bracket)
+        return scanned if self.shelf is None else [replace(one, kept=_put(self.shelf, one.kept)) for one in scanned]
+
+    def _drop_identical(self, scanned: list[Scanned]) -> None:
+        differing = {one.spec.name for one in scanned if not one.identical}
+        self.blocks = [block for block in self.blocks if block.spec.name in differing]
+
+    def _of_blocks(self, scanned: Iterable[Scanned]) -> list[Scanned]:
+        names = {block.spec.name for block in self.blocks}
+        return [one for one in scanned if one.spec.name in names]
+
+    def _settle(self, bracket: Bracket, scanned: list[Scanned], wanted: Counts) -> Iterator[Settled]:
+        """The chunks of a sound pool, whose cores have `wanted` [T] elements."""
+        above, between, crowded = _totals(scanned, len(wanted))
+        if not bracket.holds(above, between, wanted) or (crowded and not bracket.is_exact):
+            bracket, _ = narrow(everything(len(wanted)), wanted, wanted, self._count_again, enough=0)
+            scanned = [replace(one, digests=()) for one in self._scan(bracket)]
+            above, between, crowded = _totals(scanned, len(wanted))
+        thresholds = self._thresholds(bracket, scanned, wanted - above, between)
+        limits = self._limits(thresholds, scanned, crowded)
+        if not crowded:
+            yield from self.run(partial(self._resolve, bracket=bracket), zip(scanned, limits, strict=True))
+            return
+        by_block = ((block, list(islice(limits, len(block.chunks)))) for block in self.blocks)
+        for settled in self.run(partial(self.passes.settle, bracket=bracket), by_block):
+            yield from settled
 
     def _thresholds(
-        self, pool: Pool, histogram: Counts | None, refine: Callable[[list[int]], Counts]
+        self, bracket: Bracket, scanned: list[Scanned], missing: Counts, between: Counts
     ) -> list[Threshold]:
-        """The exact threshold of each task's core in the pool (METHOD §1)."""
-        tasks = len(self.inputs.recipe.tasks)
-        elements = sum(spec.elements for spec in pool)
-        changed = np.sum([self.findings[spec.name].updates[:, 0] for spec in pool], axis=0)
-        sizes = [min(budget(p, elements), int(c)) for p, c in zip(pool[0].density, changed, strict=True)]
-        if histogram is None or not any(sizes):
-            return [NOTHING] * tasks
-        places = [kernels.kth_bin(counts, k) if k else None for counts, k in zip(histogram, sizes, strict=True)]
-        low_halves = refine([-1 if place is None else place[0] for place in places])
-        return [_threshold(place, counts) for place, counts in zip(places, low_halves, strict=True)]
+        """Exact, from counts where they say enough, else from the open elements that were kept."""
+        known = bracket.known(missing, between)
+        unknown = np.array([0 if threshold else m for threshold, m in zip(known, missing, strict=True)], np.int64)
+        if not unknown.any():
+            return [threshold or NOTHING for threshold in known]
+        narrower, wanted = narrow(bracket, unknown, between, partial(self._count_kept, scanned), enough=GATHERED)
+        parts = list(self.run(partial(self._gather, narrower), scanned))
+        exact = [pick(np.concatenate(some), int(w)) for some, w in zip(zip(*parts, strict=True), wanted, strict=True)]
+        return [threshold or found for threshold, found in zip(known, exact, strict=True)]
 
+    def _gather(self, bracket: Bracket, scanned: Scanned) -> list[Bits]:
+        """Each task's magnitudes in the bracket."""
+        values = self._kept(scanned).values
+        out = np.empty((len(bracket.low), len(values) + 1), np.uint32)
+        return [
+            row[:count] for row, count in zip(out, scanning.gather(values, bracket.low, bracket.high, out), strict=True)
+        ]
 
-def _threshold(place: tuple[int, int] | None, low_halves: Counts) -> Threshold:
-    if place is None:
-        return NOTHING
-    high, wanted = place
-    low, ties = kernels.kth_bin(low_halves, wanted)
-    bits = high << 16 | low
-    # Where all that are equal are in, the core is all above the next smaller pattern, and there are no ties to count.
-    return Threshold(bits - 1, 0) if ties == low_halves[low] else Threshold(bits, ties)
+    def _count_kept(self, scanned: list[Scanned], bracket: Bracket, shifts: Counts, bins: int) -> Counts:
+        def count(one: Scanned) -> Counts:
+            return self.passes.count_bins(self._kept(one), bracket, shifts, bins)
 
+        counts: Counts = reduce(add, self.run(count, scanned))
+        return counts
 
-def _refine(passes: Passes, run: Run, blocks: Sequence[Block], bins: list[int]) -> Counts:
-    counts: Counts = reduce(add, run(partial(passes.refine, bins=bins), blocks))
-    return counts
+    def _count_again(self, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
+        count = partial(self.passes.count_block, bracket=bracket, shifts=shifts, bins=bins)
+        counts: Counts = reduce(add, self.run(count, self.blocks))
+        return counts
 
-
-def _limits(
-    passes: Passes, run: Run, blocks: Sequence[Block], thresholds: list[Threshold]
-) -> Iterator[list[list[Threshold]]]:
-    """For each block, for each of its chunks, each task's threshold with the ties that fall into this chunk.
-
-    Ties go to the earlier chunk: blocks stand in natural order of the tensors, and in index order within one.
-    """
-    if not any(threshold.ties for threshold in thresholds):
-        yield from ([thresholds] * len(block.chunks) for block in blocks)
-        return
-    left = np.array([threshold.ties for threshold in thresholds])
-    for block_counts in run(partial(passes.count_ties, thresholds=thresholds), blocks):
-        limits = []
-        for counts in block_counts:
+    def _limits(self, thresholds: list[Threshold], scanned: list[Scanned], crowded: bool) -> Iterator[Limits]:
+        """For each chunk every task's threshold, with the ties that fall into this chunk: the earlier get them."""
+        if not any(threshold.ties for threshold in thresholds):
+            yield from (thresholds for _ in scanned)
+            return
+        bits = np.array([threshold.bits for threshold in thresholds], np.uint32)
+        left = np.array([threshold.ties for threshold in thresholds])
+        # Where not all open elements were kept, all of them are ties.
+        equal = (
+            (one.counts[:, 4] for one in scanned) if crowded else self.run(partial(self._count_equal, bits), scanned)
+        )
+        for counts in equal:
             taken = np.minimum(counts, left)
             left -= taken
-            limits.append([replace(limit, ties=int(ties)) for limit, ties in zip(thresholds, taken, strict=True)])
-        yield limits
+            yield [replace(limit, ties=int(ties)) for limit, ties in zip(thresholds, taken, strict=True)]
+
+    def _count_equal(self, bits: Bits, scanned: Scanned) -> Counts:
+        counts = np.zeros(len(bits), np.int64)
+        scanning.count_equal(self._kept(scanned).values, bits, counts)
+        return counts
+
+    def _resolve(self, work: tuple[Scanned, Limits], bracket: Bracket) -> Settled:
+        scanned, limits = work
+        return self.passes.resolve(scanned.spec, scanned.chunk, self._kept(scanned), limits, bracket)
+
+    def _kept(self, scanned: Scanned) -> Found:
+        kept = scanned.kept
+        if isinstance(kept, Shelved):
+            assert self.shelf is not None
+            return Found(*self.shelf.get(kept))
+        assert kept is not None
+        return kept
+
+
+def _put(shelf: Shelf, kept: Found | Shelved | None) -> Shelved:
+    assert isinstance(kept, Found)
+    return shelf.put(kept)
+
+
+def _totals(scanned: Iterable[Scanned], tasks: int) -> tuple[Counts, Counts, bool]:
+    """How many elements lie above the brackets and in them, each [T]; and whether some of these were not kept."""
+    counts = np.zeros((tasks, 5), np.int64)
+    crowded = False
+    for one in scanned:
+        counts += one.counts
+        crowded |= one.is_crowded
+    return counts[:, 3], counts[:, 4], crowded
 
 
 def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
@@ -244,23 +308,31 @@ def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str
     )
 
 
-def fits_cache(pool: Pool, granularity: str, cache_bytes: int) -> bool:
-    """Half of a cache is for the pool's tensors, half for its results and those that wait beside them."""
-    sources = sum(_aligned(info.nbytes) for spec in pool for info in spec.sources)
-    results = (PENDING + 2) * sum(_result_bytes(spec, granularity) for spec in pool)
-    return 2 * max(sources, results) <= cache_bytes
-
-
-def _result_bytes(spec: TensorSpec, granularity: str) -> int:
-    """What the settled chunks of a tensor take at most: a bit an element for each task, and the Gram matrices."""
-    if not spec.is_float:
-        return 0
-    members = len(spec.sources)
-    return len(spec.density) * spec.elements // 8 + 4 * row_count(spec.shape, granularity) * members * (members + 1)
-
-
 def _where(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
     return f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
+
+
+def _batches(every: Iterable[Pool]) -> Iterator[tuple[bool, list[list[Pool]]]]:
+    """Runs of small pools, several tiny ones together, and of large ones; all in their order."""
+    for small, group in groupby(every, key=is_small):
+        batches: list[list[Pool]] = [[]]
+        elements = 0
+        for pool in group:
+            if elements >= CHUNK:
+                batches.append([])
+                elements = 0
+            batches[-1].append(pool)
+            elements += _elements(pool)
+        yield small, batches
+
+
+def is_small(pool: Pool) -> bool:
+    """Whether one worker examines it, in memory."""
+    return _elements(pool) <= SMALL * CHUNK
+
+
+def _elements(pool: Pool) -> int:
+    return sum(spec.elements for spec in pool)
 
 
 def _blocks(pool: Pool, granularity: str) -> list[Block]:
@@ -269,12 +341,3 @@ def _blocks(pool: Pool, granularity: str) -> list[Block]:
         every = chunks(spec.shape, granularity)
         result += [Block(spec, every[i : i + BLOCK_CHUNKS]) for i in range(0, len(every), BLOCK_CHUNKS)]
     return result
-
-
-def _nbytes(pool: Pool) -> int:
-    return sum(spec.source_bytes for spec in pool)
-
-
-def _aligned(nbytes: int) -> int:
-    """Rounded up, so that whatever lies behind is aligned for every dtype."""
-    return -(-nbytes // 64) * 64

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .estimate import Needs
+    from .budget import Budget
+    from .needs import Needs
     from .plan_file import Plan
     from .preflight import Inputs
     from .recipe import Recipe
 
-__all__ = ["fuse", "merge", "plan"]
+__all__ = ["estimate", "fuse", "merge", "plan"]
 
 Progress = Callable[[str, int, int], None]  # phase ("plan" or "fuse"), bytes done, bytes in all
 
@@ -47,14 +49,43 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     from .writer import check_target
 
     check_target(Path(out), force, [checkpoint.path for checkpoint in inputs.checkpoints])
-    from . import estimate, planning  # with torch and numba, which a mistake in the recipe need not wait for
-    from .budget import Budget
+    from . import planning  # with numba, which a mistake in the recipe need not wait for
+    from .needs import check_disk
 
-    budget = Budget.divide(estimate.worker_bytes(inputs), threads, memory)
-    needs = estimate.plan_needs(inputs, budget)
-    estimate.check_disk(needs.plan_bytes, Path(out))
+    budget, needs = _budgeted(inputs, threads, memory)
+    check_disk(needs.plan_bytes + needs.scratch_bytes, Path(out))
     announce(needs)
     return planning.make_plan(inputs, Path(out), budget, force, progress)
+
+
+def estimate(
+    recipe: str | Path | Recipe,
+    out: str | Path = ".",
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+) -> Needs:
+    """What `plan` and then `fuse` would need: memory, disk and time, without doing either.
+
+    The time follows from about a second of work on parts of the inputs, and of writing to the disk of `out`, which is
+    left as it was. Options and errors as for `plan`.
+    """
+    inputs = _checked(recipe)
+    budget, needs = _budgeted(inputs, threads, memory)
+    from .probe import seconds
+    from .writer import output_errors
+
+    with output_errors(Path(out)):
+        plan_seconds, fuse_seconds = seconds(inputs, budget.threads, Path(out))
+    return replace(needs, plan_seconds=plan_seconds, fuse_seconds=fuse_seconds)
+
+
+def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> tuple[Budget, Needs]:
+    from .budget import Budget
+    from .needs import plan_needs, worker_bytes
+
+    budget = Budget.divide(worker_bytes(inputs), threads, memory)
+    return budget, plan_needs(inputs, budget)
 
 
 def _checked(recipe: str | Path | Recipe) -> Inputs:
@@ -82,11 +113,12 @@ def fuse(
     from .plan_file import Plan
 
     loaded = Plan.load(Path(plan_dir))
-    from . import estimate, fusion
+    from . import fusion
     from .budget import Budget
+    from .needs import check_disk, fuse_worker_bytes
 
-    budget = Budget.divide(estimate.fuse_worker_bytes(loaded), threads, memory)
-    estimate.check_disk(loaded.output_bytes, Path(out))
+    budget = Budget.divide(fuse_worker_bytes(loaded), threads, memory)
+    check_disk(loaded.output_bytes, Path(out))
     return fusion.fuse_plan(loaded, Path(plan_dir), Path(out), budget, force, progress)
 
 
@@ -112,9 +144,9 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
     check_target(target, force, [checkpoint.path for checkpoint in inputs.checkpoints])
 
     def check_disk(needs: Needs) -> None:  # before hours of planning
-        from . import estimate
+        from . import needs as sizes
 
-        estimate.check_disk(needs.plan_bytes + needs.output_bytes, target)
+        sizes.check_disk(needs.plan_bytes + max(needs.scratch_bytes, needs.output_bytes), target)
         announce(needs)
 
     options: dict[str, Any] = {"threads": threads, "memory": memory, "progress": progress}

@@ -11,9 +11,9 @@ from .errors import ResourceError
 __all__ = ["Budget", "format_size", "parse_size", "usable_threads"]
 
 MB = 1_000_000
-# What the interpreter allocates with torch, numba and numpy loaded and kernels compiled: 182 MB after the imports,
-# up to 235 MB in runs beside their chunks (RssAnon on Linux; tests/test_determinism.py samples it).
-RUNTIME_BYTES = 260 * MB
+# What the interpreter allocates beside the chunks: 90 MB with numba and numpy loaded, 202 MB in the one run on a
+# machine that compiles the kernels (RssAnon on Linux; tests/test_determinism.py samples it).
+RUNTIME_BYTES = 220 * MB
 DEFAULT_SHARED_BYTES = 400 * MB
 DEFAULT_THREAD_BYTES = 64 * MB
 UNITS = {"B": 1, "KB": 1000, "MB": MB, "GB": 1000 * MB, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -43,10 +43,9 @@ def usable_threads() -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """Threads, and the bytes of whole tensors that each may keep beside its chunk buffers."""
+    """Threads, and the bytes that the process may allocate."""
 
     threads: int
-    cache_bytes: int
     peak_bytes: int
 
     @classmethod
@@ -68,7 +67,7 @@ class Budget:
                 f"memory: {format_size(total)} is too little for {counted} and this many models: "
                 f"at least {_rounded_up(least)} is needed. {_way_out(threads, chunk_bytes)}"
             )
-        return cls(threads, (total - least) // threads, total)
+        return cls(threads, total)
 
 
 def _size(memory: int | str) -> int:

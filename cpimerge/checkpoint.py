@@ -12,9 +12,10 @@ import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ CONFIG = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 MAX_SIZE = 1 << 63
 MAX_NAME = 1_000  # characters; no real name comes near it, and numbers in names stay small enough to compare
+OPEN_FILES = 64  # of one thread
 MAX_READ_BYTES = 1 << 30  # Linux transfers at most 2 GiB a call
 AGAIN = "Download or save it again"
 
@@ -74,25 +76,49 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOAT_BYTES
 
-    def read_into(self, buffer: memoryview, start: int) -> None:
+    def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """Fill `buffer` (writable, contiguous bytes) from the tensor's bytes beginning at byte `start`.
 
         Raises CheckpointError where the file ends early or cannot be read: it changed since its header was read.
         """
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.offset + start)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done : done + MAX_READ_BYTES])
-                    if not count:
-                        raise CheckpointError(
-                            f"{self.file}: tensor {self.name!r}: the file ended {len(buffer) - done} bytes early. "
-                            "It changed during the run: start again when nothing writes to it"
-                        )
-                    done += count
+            handle = handles.of(self.file)
+            done = 0
+            while done < len(buffer):
+                rest = buffer[done : done + MAX_READ_BYTES]
+                count = os.preadv(handle, [rest], self.offset + start + done)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.file}: tensor {self.name!r}: the file ended {len(buffer) - done} bytes early. "
+                        "It changed during the run: start again when nothing writes to it"
+                    )
+                done += count
         except OSError as error:
             raise CheckpointError(f"{self.file}: tensor {self.name!r}: cannot be read: {error.strerror}") from error
+
+
+class Handles:
+    """Files that one thread reads from, kept open: opening one takes longer than reading a small tensor."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def of(self, file: Path) -> int:
+        """A handle of `file`, open for reading until OPEN_FILES others were asked for. Raises OSError."""
+        return self.all([file])[0]
+
+    def all(self, files: Sequence[Path]) -> list[int]:
+        """Handles of all `files` at once, more than OPEN_FILES if need be. Raises OSError."""
+        for file in files:  # those used last stand last
+            handle = self._open.pop(file, None)
+            self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC) if handle is None else handle
+        while len(self._open) > max(OPEN_FILES, len(set(files))):
+            os.close(self._open.pop(next(iter(self._open))))
+        return [self._open[file] for file in files]
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,7 @@ class Checkpoint:
         return self.config.get("tie_word_embeddings") is True
 
 
+@lru_cache(1 << 16)  # every checkpoint has the same names
 def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
     """Sort key that orders `layers.2.` before `layers.10.`; equal numbers fall back to the plain string."""
     runs = (run for run in re.split(r"([0-9]+)", name) if run)
@@ -307,7 +334,7 @@ def _entry_fault(name: str, entry: Any) -> str | None:
 
 def is_unicode(text: Any) -> bool:
     """Whether it is text, without half a surrogate pair: JSON can say that, and no file can hold it."""
-    return isinstance(text, str) and not any("\ud800" <= char <= "\udfff" for char in text)
+    return isinstance(text, str) and (text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text))
 
 
 def _are_sizes(value: Any) -> bool:
@@ -355,7 +382,10 @@ def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
     """`raw`, a file's header or all of it, as a JSON object without duplicate keys. Raises CheckpointError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+        result = dict(pairs)
+        if len(result) == len(pairs):
+            return result
+        result.clear()
         for key, value in pairs:
             if key in result:
                 raise CheckpointError(f"{file}: {key!r} stands twice in one JSON object. {AGAIN}")

@@ -20,7 +20,7 @@ import click
 
 from . import __version__, api
 from .budget import format_size, parse_size
-from .errors import CpimergeError, OutputError
+from .errors import CpimergeError, OutputError, ResourceError
 
 MAX_SHOWN_PROBLEMS = 100
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -210,15 +210,22 @@ def main() -> None:
 
 @main.command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@_directory("Directory for the plan.")
+@_directory("Directory for the plan.", required=False)
+@click.option("--estimate", is_flag=True, help="Only say what plan and fuse would need: memory, disk, and time.")
 @work_options
 @command
-def plan_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
+def plan_command(screen: Screen, recipe: Path, output: Path | None, estimate: bool, **options: Any) -> None:
     """Check every input of RECIPE, read them once, and settle what `fuse` will do.
 
     Lists everything that is wrong before it reads any weights. Prints each task's core, how the cores overlap, the
     stages, and how the rest will be blended.
     """
+    if estimate:
+        del options["force"]
+        _show_estimate(screen, recipe, output or Path(), **options)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '--output' / '-o'.")
     announced: list[Any] = []
 
     def announce(needs: Any) -> None:
@@ -233,6 +240,14 @@ def plan_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> 
 
     screen.show(*plan_report(plan), f"\nplan: {_quoted(output)}   next: cpimerge fuse {_quoted(output)} -o OUT_DIR")
     screen.data(plan_summary(plan, *announced))
+
+
+def _show_estimate(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
+    needs = api.estimate(recipe, output, **options)
+    from .report import needs_report
+
+    screen.show(needs_report(needs))
+    screen.data(needs.as_dict())
 
 
 @main.command("fuse")
@@ -285,8 +300,12 @@ def demo_command(screen: Screen, output: Path | None, seed: int) -> None:
     Takes under two minutes on two processors, and no network. With --output, the checkpoints and recipes stay.
     """
     with _demo_directory(output) as directory:
-        from .demo import run_demo
-
+        try:
+            from .demo import run_demo
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ResourceError("the demo trains models with PyTorch: pip install 'cpimerge[demo]'") from error
         result = run_demo(directory, seed=seed, log=screen.tell)
     from .report import demo_report, demo_summary
 

@@ -1,13 +1,12 @@
 """A task's core: exactly which elements moved most, and how that is kept on disk.
 
-The k-th largest magnitude is found exactly from two histograms of its bit pattern (high half, then low half), so
-nothing is sorted and no tensor needs to fit in memory. METHOD §1 says what a core is.
+METHOD §1 says what a core is; selection.py finds its threshold.
 """
 
 from __future__ import annotations
 
+import os
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -21,7 +20,7 @@ from pyroaring import BitMap
 
 from .errors import PlanError
 
-__all__ = ["CoreReader", "CoreWriter", "Threshold", "budget", "pair_counts"]
+__all__ = ["CoreReader", "CoreWriter", "Threshold", "budget"]
 
 Counts = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.uint32]
@@ -43,21 +42,6 @@ def budget(density: Fraction, elements: int) -> int:
     return floor(density * elements)
 
 
-def bitmap(positions: Positions) -> BitMap:
-    """Ascending positions within a chunk as a Roaring bitmap."""
-    return BitMap(array("I", positions.tobytes()))  # from a numpy array it is ten times slower
-
-
-def pair_counts(bitmaps: Sequence[BitMap]) -> Counts:
-    """|Ca ∩ Cb| for every pair of tasks: int64 [T, T], symmetric, the cores' own sizes on the diagonal."""
-    counts = np.zeros((len(bitmaps), len(bitmaps)), np.int64)
-    for a, first in enumerate(bitmaps):
-        counts[a, a] = len(first)
-        for b in range(a):
-            counts[a, b] = counts[b, a] = first.intersection_cardinality(bitmaps[b])
-    return counts
-
-
 class CoreWriter:
     """Appends one task's core to `file`, a serialised Roaring bitmap a chunk, and their offsets to `file`.npy."""
 
@@ -72,8 +56,8 @@ class CoreWriter:
         """Chunks written so far."""
         return len(self._offsets) - 1
 
-    def append(self, core: BitMap) -> None:
-        data = core.serialize()
+    def append(self, data: bytes) -> None:
+        """The next chunk's core, a serialised Roaring bitmap."""
         self._stream.write(data)
         self._hash.update(data)
         self._offsets.append(self._offsets[-1] + len(data))
@@ -91,7 +75,7 @@ class CoreWriter:
 
 
 class CoreReader:
-    """Reads the core of one task, chunk by chunk."""
+    """Reads the core of one task, chunk by chunk, on any thread; to be closed."""
 
     def __init__(self, file: Path, expected_xxh3: str) -> None:
         """Raises PlanError where the two files are not those that the plan was saved with."""
@@ -103,6 +87,10 @@ class CoreReader:
             raise PlanError(f"{file}: cannot be read: {error}. Run `cpimerge plan` again") from error
         if actual != expected_xxh3:
             raise PlanError(f"{file}: is not the core that the plan was saved with. Run `cpimerge plan` again")
+        self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        os.close(self._handle)
 
     def positions(self, chunk: int, elements: int) -> Positions:
         """Ascending positions uint32 [k] within chunk number `chunk`, which has so many elements.
@@ -112,9 +100,7 @@ class CoreReader:
         if not 0 <= chunk < len(self._offsets) - 1:
             raise PlanError(f"{self._file}: has no chunk {chunk}, which plan.json refers to. Run `cpimerge plan` again")
         begin, end = int(self._offsets[chunk]), int(self._offsets[chunk + 1])
-        with open(self._file, "rb", buffering=0) as stream:
-            stream.seek(begin)
-            data = stream.read(end - begin)
+        data = os.pread(self._handle, end - begin, begin)
         found = np.frombuffer(BitMap.deserialize(data).to_array(), np.uint32)
         if found.size and found[-1] >= elements:
             raise PlanError(f"{self._file}: chunk {chunk} does not fit its tensor. Run `cpimerge plan` again")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from . import kernels
 from .analysis import content_hash
 from .budget import Budget
-from .checkpoint import FLOAT_NAMES, Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, TensorInfo, open_checkpoint
 from .companions import write_companions
 from .cores import CoreReader
 from .errors import CheckpointError, IncompatibleError, PlanError
+from .kernels.floats import KINDS, first_nonfinite
+from .kernels.mixing import Mix, blend
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan
 from .stream import EXPONENT, Bytes, Chunk, Floats, Progress, Workers, bits_of, chunks, decode, encode, workers
-from .transplant import Bits, Claim, transplant
+from .transplant import Bits, Claim, Stored, transplant
 from .writer import ShardLayout, ShardWriter, shard_layouts, staged_directory
 
 __all__ = ["fuse_plan", "open_inputs"]
@@ -41,8 +43,8 @@ def fuse_plan(plan: Plan, plan_dir: Path, out: Path, budget: Budget, force: bool
     forbidden = [plan_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
     threads = workers(budget.threads, len(checkpoints))
     with staged_directory(out, force, forbidden) as directory, threads as pool:
-        fusion = _Fusion(plan, plan_dir, checkpoints, pool, progress)
-        sha256 = {layout.filename: fusion.write_shard(layout, directory) for layout in layouts}
+        with closing(_Fusion(plan, plan_dir, checkpoints, pool, progress)) as fusion:
+            sha256 = {layout.filename: fusion.write_shard(layout, directory) for layout in layouts}
         return write_companions(plan, plan_dir, checkpoints["base"].path, directory, layouts, sha256)
 
 
@@ -79,12 +81,13 @@ def _change(now: tuple[int, str] | None, then: tuple[int, str] | None) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """One chunk of one tensor; `number` counts the tensor's chunks."""
+    """One chunk of one tensor; `number` counts the tensor's chunks, `offset` the bytes before it in its shard."""
 
     tensor: TensorPlan
     chunk: Chunk
     number: int
     last: bool
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Fused:
     """The chunk's output bytes, and the xxh3-64 of what was read for it, by checkpoint."""
 
     job: _Job
-    data: Bytes
+    data: memoryview
     digests: dict[str, int]
 
 
@@ -106,34 +109,45 @@ class _Fusion:
         self.checkpoints = checkpoints
         self.pool = pool
         self.progress = progress
-        self.cores = {task.name: CoreReader(plan_dir / task.core_file, task.core_xxh3) for task in plan.tasks}
+        with ExitStack() as opened:
+            self.cores = {
+                task.name: opened.enter_context(closing(CoreReader(plan_dir / task.core_file, task.core_xxh3)))
+                for task in plan.tasks
+            }
+            self._opened = opened.pop_all()
         self.rows = _row_coefficients(plan, plan_dir)
         self.sources = plan.fold if "base" in plan.fold else [*plan.fold, "base"]
         self.base = self.sources.index("base")
         self.total = plan.output_bytes
         self.done = 0
 
+    def close(self) -> None:
+        self._opened.close()
+
     def write_shard(self, layout: ShardLayout, directory: Path) -> str:
         """Fuse and write one shard; returns its sha256."""
         seen: dict[str, list[int]] = {}
         with closing(ShardWriter(directory / layout.filename, layout.header())) as writer:
-            for fused in self.pool.map(self._fuse, self._jobs(layout)):
+            for fused in self.pool.map(partial(self._fuse, writer), self._jobs(layout)):
                 for name, digest in fused.digests.items():
                     seen.setdefault(name, []).append(digest)
                 if fused.job.last:
                     self._check_unchanged(fused.job.tensor, seen)
                     seen = {}
-                writer.append(memoryview(fused.data))
+                writer.hash(fused.data)
                 self.done += fused.data.nbytes
                 self.progress("fuse", self.done, self.total)
             return writer.finish()
 
     def _jobs(self, layout: ShardLayout) -> Iterator[_Job]:
         tensors = {tensor.name: tensor for tensor in self.plan.tensors}
+        begin = 0
         for output in layout.tensors:
             every = chunks(output.shape, self.plan.settings.granularity)
+            item = ITEM_BYTES[output.dtype]
             for number, chunk in enumerate(every):
-                yield _Job(tensors[output.name], chunk, number, number == len(every) - 1)
+                yield _Job(tensors[output.name], chunk, number, number == len(every) - 1, begin + chunk.start * item)
+            begin += output.nbytes
 
     def _check_unchanged(self, tensor: TensorPlan, seen: Mapping[str, Sequence[int]]) -> None:
         changed = [name for name, digests in seen.items() if content_hash(digests) != tensor.xxh3[name]]
@@ -143,39 +157,36 @@ class _Fusion:
             )
             raise PlanError([*where, "The inputs are not those that were planned: run `cpimerge plan` again"])
 
-    def _fuse(self, job: _Job) -> _Fused:
+    def _fuse(self, writer: ShardWriter, job: _Job) -> _Fused:
         infos = [self.checkpoints[name].tensors[job.tensor.name] for name in self.sources]
         stored = self.pool.read(infos, job.chunk)  # all of them: also what has no effect must be what was planned
         digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(self.sources, stored, strict=True)}
         with np.errstate(over="ignore", invalid="ignore"):  # `_finite` finds what overflows
             blends = job.tensor.action == "blend"
             data = self._blend(job, infos, stored) if blends else self._copy(job, infos[self.base], stored[self.base])
-        return _Fused(job, data.view(np.uint8), digests)
+        view = memoryview(data.view(np.uint8))
+        writer.write(view, writer.data_begin + job.offset)
+        return _Fused(job, view, digests)
 
     def _copy(self, job: _Job, info: TensorInfo, raw: Bytes) -> Bits:
         if info.dtype == job.tensor.dtype:
             return raw.copy()
-        values = self.pool.buffers.spare[: job.chunk.size]
-        decode(raw, info.dtype, values)
-        return self._finite(job, encode(values, job.tensor.dtype))
+        return self._finite(job, encode(decode(raw, info.dtype), job.tensor.dtype))
 
     def _blend(self, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Bits:
         """The chunk's blend with the cores over it, as bits of the output dtype."""
+        dtype, size = job.tensor.dtype, job.chunk.size
+        kinds = np.array([KINDS[info.dtype] for info in infos], np.int64)
         delta = self.plan.settings.space == "delta"
-        values = self.pool.decode(infos, stored, job.chunk)
-        members = values[: len(self.plan.fold)]
-        if delta:
-            origin = values[self.base].copy()
-            np.subtract(members, origin, out=members)
-        blended = self.pool.buffers.spare[: job.chunk.size]
-        kernels.blend(members, self._coefficients(job), min(job.chunk.row, job.chunk.size), blended)
-        if delta:
-            blended += origin
-            values = self.pool.decode(infos, stored, job.chunk)
-        out = encode(blended, job.tensor.dtype)
-        claims = [self._claim(task, job, infos, stored, values) for task in self.plan.order]
-        transplant(out, claims, self.plan.settings.conflict, values[self.base], job.tensor.dtype)
-        return self._finite(job, out)
+        mix = Mix(size, min(job.chunk.row, size), self.base, delta, KINDS[dtype])
+        out = np.empty(size * ITEM_BYTES[dtype], np.uint8)
+        buffers = self.pool.buffers
+        blend(buffers.raw[: len(infos)], kinds, mix, self._coefficients(job), out, buffers.scratch)
+        bits = out.view(f"u{ITEM_BYTES[dtype]}")
+        claims = [self._claim(task, job, infos, stored) for task in self.plan.order]
+        base = Stored(bits_of(stored[self.base], infos[self.base]), infos[self.base].dtype)
+        transplant(bits, claims, self.plan.settings.conflict, base, dtype)
+        return self._finite(job, bits)
 
     def _coefficients(self, job: _Job) -> Floats:
         """float32 [R, V] for the rows that the chunk touches."""
@@ -188,22 +199,16 @@ class _Fusion:
             raise PlanError(f"{COEFFICIENTS_FILE}: has no row {first + job.chunk.rows - 1}. Run `cpimerge plan` again")
         return rows
 
-    def _claim(
-        self, task: str, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes], values: Floats
-    ) -> Claim:
-        """The task's core in this chunk. Stored bits are taken as they are where the output has the same dtype."""
+    def _claim(self, task: str, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Claim:
+        """The task's core in this chunk, and what the task has stored."""
         place = self.sources.index(task)
-        info = infos[place]
-        same = info.dtype == job.tensor.dtype
-        bits = bits_of(stored[place], info) if same else encode(values[place], job.tensor.dtype)
-        has_cores = job.tensor.tasks[task].core > 0
-        if not has_cores:
-            return Claim(NO_POSITIONS, values[place], bits)
-        positions = self.cores[task].positions(job.tensor.first_chunk + job.number, job.chunk.size)
-        return Claim(positions, values[place], bits)
+        values = Stored(bits_of(stored[place], infos[place]), infos[place].dtype)
+        if not job.tensor.tasks[task].core:
+            return Claim(NO_POSITIONS, values)
+        return Claim(self.cores[task].positions(job.tensor.first_chunk + job.number, job.chunk.size), values)
 
     def _finite(self, job: _Job, bits: Bits) -> Bits:
-        place = kernels.first_nonfinite(bits, EXPONENT[job.tensor.dtype])
+        place = first_nonfinite(bits, EXPONENT[job.tensor.dtype])
         if place >= 0:
             dtype = FLOAT_NAMES[job.tensor.dtype]
             way_out = "Set dtype: bfloat16 or float32 in the recipe" if dtype == "float16" else TOO_LARGE

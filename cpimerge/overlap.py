@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -29,8 +30,11 @@ def chance(sizes: Sequence[int], first: Sequence[Fraction], second: Sequence[Fra
 
     `sizes` are elements of each eligible tensor, `first` and `second` the two tasks' densities there.
     """
-    both = sum((n * p * q for n, p, q in zip(sizes, first, second, strict=True)), Fraction(0))
-    either = sum((n * (p + q - p * q) for n, p, q in zip(sizes, first, second, strict=True)), Fraction(0))
+    elements: Counter[tuple[Fraction, Fraction]] = Counter()
+    for n, densities in zip(sizes, zip(first, second, strict=True), strict=True):
+        elements[densities] += n
+    both = sum((n * p * q for (p, q), n in elements.items()), Fraction(0))
+    either = sum((n * (p + q - p * q) for (p, q), n in elements.items()), Fraction(0))
     return both / either if either else Fraction(0)
 
 

@@ -1,30 +1,39 @@
-"""What one worker does with one block of chunks, in each of the four passes over a pool (see analysis.py).
+"""What one worker does with one block of chunks, in each pass over a pool (see analysis.py).
 
 Shapes: T tasks, C checkpoints (base, tasks, perhaps a backbone), V members of the blend, n elements of a chunk,
-R rows of a chunk, P = V·(V+1)/2 pairs.
+R rows of a chunk, P = V·(V+1)/2 pairs, U open elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from pyroaring import BitMap
 
-from . import kernels
-from .cores import Positions, Threshold, bitmap, pair_counts
+from .cores import Threshold
+from .kernels import bitsets, scanning
+from .kernels.arrays import WORD, Bits
+from .kernels.floats import KINDS, first_nonfinite
+from .kernels.scanning import Found, Look
 from .preflight import TensorSpec
-from .stream import EXPONENT, Bytes, Chunk, Floats, Workers, bits_of
+from .selection import RUN, Bracket, around, sample_size
+from .shelf import Shelved
+from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode
 
-__all__ = ["Block", "Load", "Passes", "Settled", "Surveyed"]
+__all__ = ["Block", "Passes", "Scanned", "Settled"]
 
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
+# Of the base's dtype: bits of its fraction, and float32's pattern of its smallest normal number.
+PRECISION = {"F32": (23, 1 << 23), "BF16": (7, 1 << 23), "F16": (10, (127 - 14) << 23)}
+CROWDED = 1 / 6  # the share of open elements from which a chunk is rather read again
+GOLDEN = 0.6180339887498949  # its multiples spread over [0, 1) and fall in with no row length
 
-Load = Callable[[TensorSpec, Chunk], list[Bytes]]  # the chunk from every checkpoint
 Counts = npt.NDArray[np.int64]
+Limits = Sequence[Threshold]
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,20 @@ class Block:
     chunks: Sequence[Chunk]
 
 
-@dataclass
-class Surveyed:
-    """The survey of one block."""
+@dataclass(frozen=True)
+class Scanned:
+    """One chunk after the first look at it."""
 
     spec: TensorSpec
-    digests: list[list[int]]  # a list for each checkpoint: xxh3-64 of each chunk's bytes
+    chunk: Chunk
+    digests: Sequence[int]  # of each checkpoint: xxh3-64 of the chunk's bytes
     identical: bool  # the same bytes and dtype in every checkpoint
-    updates: Counts  # [T, 3]: elements changed, with m ≤ 1e-5, within half a unit in the last place
-    histogram: Counts | None  # [T, HIGH_BINS] of the magnitudes' high halves, if the tensor may have cores
-    faults: dict[int, int]  # checkpoint -> first flat index that is not finite, or that differs from the base's
-    overflows: dict[int, int]  # checkpoint -> first flat index whose update does not fit float32
+    counts: Counts  # [T, 5]: as in `Found`
+    opened: int = 0  # elements that are open for some task
+    kept: Found | Shelved | None = None  # what `resolve` needs, of a floating-point tensor
+    is_crowded: bool = False  # the open elements were too many to keep
+    faults: dict[int, int] = field(default_factory=dict)  # checkpoint -> first index not finite, or unlike the base's
+    overflows: dict[int, int] = field(default_factory=dict)  # checkpoint -> first index whose update is not finite
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Settled:
 
     spec: TensorSpec
     chunk: Chunk
-    cores: list[BitMap]  # a core for each task, positions within the chunk
+    cores: list[bytes]  # for each task, positions within the chunk as a Roaring bitmap
     pairs: Counts  # [T, T] |Ca ∩ Cb|
     claimed: int  # elements in any core
     sums: npt.NDArray[np.float64]  # [T, 2]: Σ m in the core and outside it
@@ -63,117 +75,194 @@ class Settled:
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes over the chunks that `load` brings. `members` are the checkpoints that enter the blend."""
+    """The passes over chunks. Checkpoints from `member` on enter the blend."""
 
-    load: Load
     workers: Workers
     tasks: int
-    members: slice
+    member: int
     delta: bool  # blend the differences from the base, not the weights
 
-    def survey(self, block: Block) -> Surveyed:
-        """First look at the bytes: what they are, whether they may be merged, how much moved."""
-        spec = block.spec
-        surveyed = Surveyed(spec, [[] for _ in spec.sources], True, np.zeros((self.tasks, 3), np.int64), None, {}, {})
-        if spec.eligible:
-            surveyed.histogram = np.zeros((self.tasks, kernels.HIGH_BINS), np.int64)
-        same_dtype = len({info.dtype for info in spec.sources}) == 1
+    def sample(self, blocks: Sequence[Block], sizes: Sequence[int]) -> Bracket:
+        """Where the `sizes` [T]-th largest magnitudes of a pool lie."""
+        specs = list({block.spec.name: block.spec for block in blocks}.values())
+        elements = sum(spec.elements for spec in specs)
+        wanted = sample_size(elements, self.tasks) if any(sizes) else 0
+        parts = [np.empty((self.tasks, 0), np.uint32)]
+        if wanted == elements:
+            parts += [self._whole(block.spec, chunk) for block in blocks for chunk in block.chunks]
+        elif wanted and len(blocks) == len(blocks[0].chunks) == 1:  # its only chunk is read in a moment anyhow
+            self.workers.read(specs[0].sources, blocks[0].chunks[0])
+            parts.append(self._magnitudes(specs[0], _spread(elements, wanted // RUN), RUN))
+        elif wanted:
+            parts += self._runs(specs, _spread(elements, wanted // RUN))
+        return around(np.concatenate(parts, axis=1), sizes, elements)
+
+    def _whole(self, spec: TensorSpec, chunk: Chunk) -> Bits:
+        self.workers.read(spec.sources, chunk)
+        whole = chunk.size // RUN * RUN
+        parts = [self._magnitudes(spec, list(range(0, whole, RUN)), RUN)]
+        if whole < chunk.size:
+            parts.append(self._magnitudes(spec, [whole], chunk.size - whole))
+        return np.concatenate(parts, axis=1)
+
+    def _runs(self, specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[Bits]:
+        """Runs that start at these elements of the pool, its tensors laid end to end; moved to lie in one tensor."""
+        most = CHUNK // RUN  # that the buffers hold
+        begin = 0
+        for spec in specs:
+            end = begin + spec.elements
+            inside = [start - begin for start in starts[bisect_left(starts, begin) : bisect_left(starts, end)]]
+            begin = end
+            last = spec.elements - RUN
+            for first in range(0, len(inside) if last >= 0 else 0, most):
+                some = [min(start, last) for start in inside[first : first + most]]
+                self.workers.read_runs(spec.sources, some, RUN)
+                yield self._magnitudes(spec, [number * RUN for number in range(len(some))], RUN)
+
+    def _magnitudes(self, spec: TensorSpec, starts: Sequence[int], run: int) -> Bits:
+        """Of every task, in runs of the buffer: uint32 [T, runs · run]."""
+        buffers = self.workers.buffers
+        out = np.empty((self.tasks, len(starts) * run), np.uint32)
+        raw, kinds = buffers.raw[: len(spec.sources)], _kinds(spec)
+        scanning.magnitudes(raw, kinds, np.array(starts, np.int64), run, out, buffers.scratch)
+        return out
+
+    def compare(self, block: Block) -> list[Scanned]:
+        """The first look at a tensor that is not floating-point, which must be equal everywhere."""
+        result, counts = [], np.zeros((self.tasks, 5), np.int64)
         for chunk in block.chunks:
-            stored = self.load(spec, chunk)
-            for digests, raw in zip(surveyed.digests, stored, strict=True):
-                digests.append(xxhash.xxh3_64_intdigest(raw))
-            if surveyed.identical:
-                surveyed.identical = same_dtype and all(np.array_equal(stored[0], raw) for raw in stored[1:])
-            if spec.is_float:
-                self._survey_values(surveyed, chunk, self.workers.decode(spec.sources, stored, chunk))
-            elif not surveyed.identical:
-                _note_differences(surveyed.faults, spec, chunk, stored)
-        return surveyed
+            stored = self.workers.read(block.spec.sources, chunk)
+            faults: dict[int, int] = {}
+            _note_differences(faults, block.spec, chunk, stored)
+            result.append(Scanned(block.spec, chunk, _digests(stored), not faults, counts, faults=faults))
+        return result
 
-    def refine(self, block: Block, bins: Sequence[int]) -> Counts:
-        """[T, LOW_BINS] of the low halves of the magnitudes whose high half is the task's bin; -1 is no bin."""
-        counts = np.zeros((self.tasks, kernels.LOW_BINS), np.int64)
-        for _, values in self._values(block):
-            for task, magnitude in self._magnitudes(values):
-                if bins[task] >= 0:
-                    kernels.histogram_low(magnitude, np.uint32(bins[task]), counts[task])
-        return counts
+    def scan(self, block: Block, bracket: Bracket) -> list[Scanned]:
+        """The first look at a floating-point tensor."""
+        return [self._scan_chunk(block.spec, chunk, bracket) for chunk in block.chunks]
 
-    def count_ties(self, block: Block, thresholds: Sequence[Threshold]) -> Counts:
-        """[chunks, T]: elements whose magnitude is exactly the threshold."""
-        return np.array(
-            [
-                [kernels.count_equal(m, np.uint32(thresholds[task].bits)) for task, m in self._magnitudes(values)]
-                for _, values in self._values(block)
-            ],
-            np.int64,
+    def _scan_chunk(self, spec: TensorSpec, chunk: Chunk, bracket: Bracket) -> Scanned:
+        stored = self.workers.read(spec.sources, chunk)
+        found, opened = self._look(spec, chunk, bracket)
+        faults, overflows = self._faults(spec, chunk, stored, found)
+        same = not found.counts[:, 0].any() and len({info.dtype for info in spec.sources}) == 1
+        crowded = opened > CROWDED * chunk.size
+        return Scanned(
+            spec=spec,
+            chunk=chunk,
+            digests=_digests(stored),
+            identical=same and all(np.array_equal(stored[0], raw) for raw in stored[1:]),
+            counts=found.counts,
+            opened=opened,
+            kept=_detached(found, 0 if crowded else opened),
+            is_crowded=crowded,
+            faults=faults,
+            overflows=overflows,
         )
 
-    def settle(self, work: tuple[Block, list[list[Threshold]]]) -> list[Settled]:
-        """Cores and Gram matrices; for each chunk of the block a threshold for each task."""
-        block, thresholds = work
-        return [
-            self._settle_chunk(block.spec, chunk, values, limits)
-            for (chunk, values), limits in zip(self._values(block), thresholds, strict=True)
-        ]
+    def _look(self, spec: TensorSpec, chunk: Chunk, bracket: Bracket) -> tuple[Found, int]:
+        """All that one look at the chunk finds, with the open elements in the thread's buffers; and their number."""
+        buffers, checkpoints = self.workers.buffers, len(spec.sources)
+        members = checkpoints - self.member
+        words = -(-chunk.size // WORD)
+        found = Found(
+            bits=np.zeros((self.tasks, words), np.uint64),
+            counts=np.zeros((self.tasks, 5), np.int64),
+            peaks=np.zeros(checkpoints - 1, np.uint32),
+            sums=np.zeros((self.tasks, 2)),
+            gram=np.zeros((chunk.rows, members * (members + 1) // 2)),
+            places=buffers.places,
+            values=buffers.values[:, :checkpoints],
+        )
+        raw, look = buffers.raw[:checkpoints], self._what(spec, chunk)
+        opened = scanning.scan(raw, _kinds(spec), look, bracket.low, bracket.high, found, buffers.scratch)
+        return found._replace(places=found.places[:opened], values=found.values[:opened]), int(opened)
 
-    def _settle_chunk(self, spec: TensorSpec, chunk: Chunk, values: Floats, limits: Sequence[Threshold]) -> Settled:
-        cores: list[Positions] = []
-        sums = np.zeros((self.tasks, 2))
-        for task, magnitude in self._magnitudes(values):
-            positions = self._select(magnitude, limits[task])
-            moved = magnitude.view(np.float32)
-            sums[task, 0] = kernels.total(moved[positions])
-            kernels.clear_at(moved[np.newaxis], positions)
-            sums[task, 1] = kernels.total(moved)
-            cores.append(positions)
-        members = self._rest(values, cores)
-        gram = np.empty((chunk.rows, len(members) * (len(members) + 1) // 2))
-        kernels.gram(members, min(chunk.row, chunk.size), gram)
-        bitmaps = [bitmap(positions) for positions in cores]
-        return Settled(spec, chunk, bitmaps, pair_counts(bitmaps), len(BitMap.union(*bitmaps)), sums, gram)
+    def _what(self, spec: TensorSpec, chunk: Chunk) -> Look:
+        fraction, least = PRECISION[spec.sources[0].dtype]
+        half = np.float32(2.0 ** (-fraction - 1))
+        row = min(chunk.row, chunk.size)
+        return Look(chunk.size, row, self.tasks, self.member, self.delta, NEAR, np.uint32(least), half)
 
-    def _rest(self, values: Floats, cores: Sequence[Positions]) -> Floats:
-        """The blend's vectors float32 [V, n], in place, with 0 wherever any task has its core."""
-        if self.delta:
-            np.subtract(values[1:], values[0], out=values[1:])
-            values[0] = 0.0  # the base as a delta
-        members = values[self.members]
-        for positions in cores:
-            kernels.clear_at(members, positions)
-        return members
-
-    def _select(self, magnitude: npt.NDArray[np.uint32], limit: Threshold) -> Positions:
-        room: Positions = self.workers.buffers.positions
-        count = int(kernels.select(magnitude, np.uint32(limit.bits), limit.ties, room))
-        return room[:count].copy()
-
-    def _survey_values(self, surveyed: Surveyed, chunk: Chunk, values: Floats) -> None:
-        for checkpoint, row in enumerate(values):
-            place = kernels.first_nonfinite(row.view(np.uint32), EXPONENT["F32"])
+    def _faults(
+        self, spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes], found: Found
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        """Where a checkpoint, or else an update, is not finite. An update is not where its checkpoint is not."""
+        faults: dict[int, int] = {}
+        overflows: dict[int, int] = {}
+        if not (found.peaks >= scanning.INFINITE).any():
+            return faults, overflows
+        for checkpoint, (info, raw) in enumerate(zip(spec.sources, stored, strict=True)):
+            place = first_nonfinite(bits_of(raw, info), EXPONENT[info.dtype])
             if place >= 0:
-                surveyed.faults.setdefault(checkpoint, chunk.start + place)
-        half_ulp = HALF_ULP[surveyed.spec.sources[0].dtype]
-        for task, magnitude in self._magnitudes(values, len(values) - 1):
-            place = kernels.first_nonfinite(magnitude, EXPONENT["F32"])
-            if place >= 0 and not surveyed.faults:
-                surveyed.overflows.setdefault(1 + task, chunk.start + place)
-            if task == self.tasks:  # a backbone that is no task
-                break
-            surveyed.updates[task] += kernels.tally(magnitude, values[0].view(np.uint32), half_ulp, NEAR)
-            if surveyed.histogram is not None:
-                kernels.histogram_high(magnitude, surveyed.histogram[task])
+                faults[checkpoint] = chunk.start + place
+        base = decode(stored[0], spec.sources[0].dtype)
+        for checkpoint, (info, raw) in enumerate(zip(spec.sources, stored, strict=True)):
+            with np.errstate(over="ignore", invalid="ignore"):
+                update = decode(raw, info.dtype) - base
+            place = first_nonfinite(update.view(np.uint32), EXPONENT["F32"])
+            if place >= 0 and not faults:
+                overflows[checkpoint] = chunk.start + place
+        return faults, overflows
 
-    def _values(self, block: Block) -> Iterator[tuple[Chunk, Floats]]:
+    def count_bins(self, found: Found, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
+        """[T, bins]: see `selection.narrow`."""
+        counts = np.zeros((self.tasks, bins + 1), np.int64)
+        scanning.count_bins(found.values, bracket.low, bracket.high, shifts, counts)
+        return counts[:, :bins]
+
+    def count_block(self, block: Block, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
+        """As `count_bins`, of a whole block, which is read for it."""
+        counts = np.zeros((self.tasks, bins), np.int64)
         for chunk in block.chunks:
-            yield chunk, self.workers.decode(block.spec.sources, self.load(block.spec, chunk), chunk)
+            self.workers.read(block.spec.sources, chunk)
+            counts += self.count_bins(self._look(block.spec, chunk, bracket)[0], bracket, shifts, bins)
+        return counts
 
-    def _magnitudes(self, values: Floats, count: int | None = None) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
-        """(task, bit patterns uint32 [n] of |Δ|) of `count` tasks; the array is reused for the next task."""
-        out = self.workers.buffers.spare[: values.shape[1]]
-        for task in range(self.tasks if count is None else count):
-            kernels.magnitude(values[0], values[1 + task], out)
-            yield task, out.view(np.uint32)
+    def settle(self, work: tuple[Block, Sequence[Limits]], bracket: Bracket) -> list[Settled]:
+        """A second look at a block, with the thresholds of its chunks and a bracket that holds them."""
+        block, limits = work
+        result = []
+        for chunk, thresholds in zip(block.chunks, limits, strict=True):
+            self.workers.read(block.spec.sources, chunk)
+            found, _ = self._look(block.spec, chunk, bracket)
+            result.append(self.resolve(block.spec, chunk, found, thresholds, bracket))
+        return result
+
+    def resolve(self, spec: TensorSpec, chunk: Chunk, found: Found, thresholds: Limits, bracket: Bracket) -> Settled:
+        """Decides the open elements of a scanned chunk, by a threshold for each task."""
+        limits = np.array([threshold.bits for threshold in thresholds], np.uint32)
+        ties = np.array([threshold.ties for threshold in thresholds], np.int64)
+        scanning.resolve(
+            self._what(spec, chunk), bracket.low, bracket.high, limits, ties, found, self.workers.buffers.scratch
+        )
+        pairs = np.empty((self.tasks, self.tasks), np.int64)
+        claimed = int(bitsets.overlaps(found.bits, pairs))
+        cores = [self._serialized(bits) for bits in found.bits]
+        return Settled(spec, chunk, cores, pairs, claimed, found.sums, found.gram)
+
+    def _serialized(self, bits: npt.NDArray[np.uint64]) -> bytes:
+        room = self.workers.buffers.serialized
+        return room[: bitsets.serialize(bits, room)].tobytes()
+
+
+def _detached(found: Found, count: int) -> Found:
+    """With the first `count` open elements, in memory of their own."""
+    return found._replace(places=found.places[:count].copy(), values=found.values[:count].copy())
+
+
+def _kinds(spec: TensorSpec) -> Counts:
+    return np.array([KINDS[info.dtype] for info in spec.sources], np.int64)
+
+
+def _digests(stored: Sequence[Bytes]) -> list[int]:
+    return [xxhash.xxh3_64_intdigest(raw) for raw in stored]
+
+
+def _spread(elements: int, runs: int) -> list[int]:
+    """Where so many runs start among `elements`: one in each equal part, anywhere in it."""
+    part = elements / runs
+    return [int(number * part + (number * GOLDEN % 1.0) * (part - RUN)) for number in range(runs)]
 
 
 def _note_differences(faults: dict[int, int], spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> None:
@@ -182,17 +271,3 @@ def _note_differences(faults: dict[int, int], spec: TensorSpec, chunk: Chunk, st
         differing = np.flatnonzero(base != bits_of(raw, spec.sources[0]))
         if differing.size:
             faults.setdefault(checkpoint, chunk.start + int(differing[0]))
-
-
-def _half_ulps(fraction_bits: int, least_exponent: int) -> npt.NDArray[np.uint32]:
-    """Bit patterns of half a unit in the last place of a dtype, by the float32 exponent field of the value [256].
-
-    A unit in the last place is the step from |θ⁰| to the next larger magnitude. The table is float32's, so half of
-    float32's smallest step is rounded down to 0, which no magnitude but 0 is within.
-    """
-    exponents = np.maximum(np.arange(256), least_exponent) - 127 - fraction_bits - 1
-    steps: npt.NDArray[np.float64] = np.ldexp(1.0, exponents)
-    return steps.astype(np.float32).view(np.uint32)
-
-
-HALF_ULP = {"F32": _half_ulps(23, 1), "BF16": _half_ulps(7, 1), "F16": _half_ulps(10, 127 - 14)}

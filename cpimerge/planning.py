@@ -20,6 +20,7 @@ from .overlap import Counts, chance, jaccard, stages
 from .passes import Settled
 from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
 from .preflight import Inputs, TensorSpec
+from .shelf import Shelf
 from .stream import Progress, workers
 from .writer import staged_directory
 
@@ -33,13 +34,13 @@ def make_plan(inputs: Inputs, out: Path, budget: Budget, force: bool, progress: 
     files that change or cannot be read, OutputError where `out` cannot be written.
     """
     paths = [checkpoint.path for checkpoint in inputs.checkpoints]
-    threads = workers(budget.threads, len(inputs.checkpoints), budget.cache_bytes)
+    threads = workers(budget.threads, len(inputs.checkpoints))
     with (
         staged_directory(out, force, paths) as directory,
         closing(_PlanFiles(inputs, directory)) as files,
         threads as pool,
     ):
-        findings = Analysis(inputs, pool, budget.cache_bytes, files.add, progress).run()
+        findings = Analysis(inputs, pool, files.shelf, files.add, progress).run()
         plan = _conclude(inputs, findings, files).sealed()
         plan.save(directory)
     return plan
@@ -53,11 +54,13 @@ class _PlanFiles:
         (directory / "cores").mkdir()
         self.cores = [CoreWriter(directory / core_file(task)) for task in range(len(inputs.recipe.tasks))]
         self.grams = GramSpool(directory)
+        self.shelf = Shelf(directory)
         self.first_chunk: dict[str, int] = {}
         self.first_row: dict[str, int] = {}
 
     def close(self) -> None:
         self.grams.close()
+        self.shelf.close()
         for writer in self.cores:
             writer.close()
 

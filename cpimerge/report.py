@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .demo import DemoResult
-    from .estimate import Needs
+    from .needs import Needs
     from .plan_file import Blend, Pair, Plan
 
 __all__ = [
@@ -60,15 +60,21 @@ def render(renderables: Iterable[RenderableType], width: int | None, color: bool
 
 
 def needs_report(needs: Needs) -> str:
-    """What the run will need in memory, disk and time: a line for each phase."""
-    again = needs.read_bytes - needs.input_bytes
-    reads = f"reads {format_size(needs.input_bytes)}" + (f" and {format_size(again)} again" if again else "")
+    """What the run will need in memory, disk and, where it was probed, time: a line for each phase."""
     threads = f"{needs.threads} thread" + ("s" if needs.threads > 1 else "")
+    planned = f"reads {format_size(needs.input_bytes)}, writes at most {format_size(needs.plan_bytes)}"
+    if needs.scratch_bytes:
+        planned += f" (and about {format_size(needs.scratch_bytes)} that goes again)"
+    fused = f"reads {format_size(needs.input_bytes)}, writes {format_size(needs.output_bytes)}"
     return (
-        f"plan: {reads}, writes at most {format_size(needs.plan_bytes)}, computes for {_seconds(needs.plan_seconds)}\n"
-        f"fuse: writes {format_size(needs.output_bytes)}, computes for {_seconds(needs.fuse_seconds)}\n"
+        f"plan: {planned}{_takes(needs.plan_seconds)}\n"
+        f"fuse: {fused}{_takes(needs.fuse_seconds)}\n"
         f"both: on {threads}, in at most {format_size(needs.memory_bytes)} of memory"
     )
+
+
+def _takes(seconds: float | None) -> str:
+    return "" if seconds is None else f", takes {_seconds(seconds)}"
 
 
 def _seconds(seconds: float) -> str:

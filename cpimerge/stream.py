@@ -17,23 +17,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from .checkpoint import TensorInfo
+from .checkpoint import ITEM_BYTES, Handles, TensorInfo
+from .kernels import bitsets, floats
+from .kernels.reading import read_runs
+from .kernels.scanning import Scratch, scratch
 
 CHUNK = 1 << 18  # elements; a constant, because it enters sums
 CHUNK_ROWS = 1 << 11  # rows of a chunk at most, so that their Gram matrices stay small
-BLOCK_CHUNKS = 16  # chunks that a worker takes at a time
+BLOCK_CHUNKS = 4  # chunks that a worker takes at a time
 PENDING = 2  # results a thread may have waiting
 
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # The exponent field of each float dtype: all of its bits are set in NaN and Inf, and in nothing else.
 EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "F16": np.uint16(0x7C00),
     "BF16": np.uint16(0x7F80),
     "F32": np.uint32(0x7F800000),
 }
-_STORED = {2: torch.int16, 4: torch.int32}  # what torch takes the raw bytes as, by item size
 
 Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
 Bytes = npt.NDArray[np.uint8]
@@ -92,16 +92,19 @@ def chunks(shape: tuple[int, ...], granularity: str) -> list[Chunk]:
     ]
 
 
-def decode(raw: Bytes, dtype: str, out: Floats) -> None:
-    """Stored bytes of a float dtype as float32 [n] into `out`; exact for F16, BF16 and F32."""
-    torch.from_numpy(out).copy_(torch.from_numpy(raw).view(TORCH_DTYPES[dtype]))
+def decode(raw: Bytes, dtype: str) -> Floats:
+    """Stored bytes of a float dtype as float32 [n]; exact for F16, BF16 and F32."""
+    values = np.empty(raw.size // ITEM_BYTES[dtype], np.uint32)
+    floats.decode(raw, floats.KINDS[dtype], values)
+    return values.view(np.float32)
 
 
 def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
-    """float32 [n] rounded once, to nearest even, to `dtype`: unsigned integers of its item size holding its bits."""
-    stored = torch.from_numpy(values).to(TORCH_DTYPES[dtype], copy=True)
-    bits = stored.view(_STORED[stored.element_size()]).numpy()
-    return bits.view(f"u{bits.itemsize}")
+    """float32 [n], none NaN, rounded once, to nearest even, to `dtype`: unsigned integers that hold its bits."""
+    item = ITEM_BYTES[dtype]
+    stored = np.empty(item * values.size, np.uint8)
+    floats.encode(values.view(np.uint32), floats.KINDS[dtype], stored)
+    return stored.view(f"u{item}")
 
 
 def bits_of(raw: Bytes, info: TensorInfo) -> npt.NDArray[np.generic]:
@@ -110,52 +113,60 @@ def bits_of(raw: Bytes, info: TensorInfo) -> npt.NDArray[np.generic]:
 
 
 class Buffers:
-    """One worker's reusable memory, for chunks of up to `count` checkpoints and `cache_bytes` of whole tensors."""
+    """One worker's reusable memory, for chunks of up to `count` checkpoints, and the files it has open."""
 
-    def __init__(self, count: int, cache_bytes: int) -> None:
-        self.cache = np.empty(cache_bytes // 2, np.uint8)  # the other half is for results
+    def __init__(self, count: int) -> None:
         self.raw = np.empty((count, 8 * CHUNK), np.uint8)  # 8-byte integers are the largest; untouched is not taken
-        self._values = np.empty(count * CHUNK, np.float32)
-        self.spare = np.empty(CHUNK, np.float32)
-        self.positions = np.empty(CHUNK, np.uint32)
-
-    def values(self, rows: int, elements: int) -> Floats:
-        """Room for float32 [rows, elements], contiguous, as the kernels need it to use vector registers."""
-        return self._values[: rows * elements].reshape(rows, elements)
+        self.places = np.empty(CHUNK, np.uint32)
+        self.values = np.empty((CHUNK, count), np.float32)
+        self.serialized = np.empty(bitsets.most_bytes(CHUNK), np.uint8)
+        self.scratch: Scratch = scratch(count)
+        self.handles = Handles()
+        self.holds: object = None  # what `raw` was read for
 
 
 class Workers:
     """A pool of threads with a `Buffers` each. Results come in the order of the items, whatever the thread count."""
 
-    def __init__(self, threads: int, checkpoints: int, cache_bytes: int) -> None:
+    def __init__(self, threads: int, checkpoints: int) -> None:
         self.threads = threads
         self._local = threading.local()
-        self._sizes = (checkpoints, cache_bytes)
+        self._checkpoints = checkpoints
+        self._buffers: list[Buffers] = []
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="cpimerge")
 
     @property
     def buffers(self) -> Buffers:
         """The calling thread's own buffers."""
         if not hasattr(self._local, "buffers"):
-            self._local.buffers = Buffers(*self._sizes)
+            self._local.buffers = Buffers(self._checkpoints)
+            self._buffers.append(self._local.buffers)
         buffers: Buffers = self._local.buffers
         return buffers
 
     def read(self, sources: Sequence[TensorInfo], chunk: Chunk) -> list[Bytes]:
-        """The chunk's bytes from each of `sources`, in the calling thread's buffers."""
-        result = []
-        for info, buffer in zip(sources, self.buffers.raw, strict=False):
-            raw = buffer[: chunk.size * info.item_bytes]
-            info.read_into(memoryview(raw), chunk.start * info.item_bytes)
-            result.append(raw)
-        return result
+        """The chunk's bytes from each of `sources`, in the calling thread's buffers; once, if asked for again."""
+        if self.buffers.holds != (chunk, sources):
+            self.read_runs(sources, [chunk.start], chunk.size)
+            self.buffers.holds = (chunk, sources)
+        return [raw[: chunk.size * info.item_bytes] for info, raw in zip(sources, self.buffers.raw, strict=False)]
 
-    def decode(self, sources: Sequence[TensorInfo], stored: Sequence[Bytes], chunk: Chunk) -> Floats:
-        """What `read` brought as float32 [sources, n], in the calling thread's buffers."""
-        values = self.buffers.values(len(stored), chunk.size)
-        for info, raw, row in zip(sources, stored, values, strict=True):
-            decode(raw, info.dtype, row)
-        return values
+    def read_runs(self, sources: Sequence[TensorInfo], starts: Sequence[int], run: int) -> None:
+        """Elements [start, start + run) of each of `sources`, one run after the other, into the thread's `raw`.
+
+        Raises CheckpointError as `TensorInfo.read_into` does.
+        """
+        buffers = self.buffers
+        buffers.holds = None
+        try:
+            files = np.array(buffers.handles.all([info.file for info in sources]), np.int64)
+        except OSError:
+            files = np.full(len(sources), -1)
+        offsets, items = (
+            np.array([getattr(info, key) for info in sources], np.int64) for key in ("offset", "item_bytes")
+        )
+        if not read_runs(files, offsets, items, np.array(starts, np.int64), run, buffers.raw):
+            _read_slowly(sources, starts, run, buffers)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Like `map`, in parallel; at most a few results wait, and the first exception ends the rest."""
@@ -173,16 +184,24 @@ class Workers:
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        for buffers in self._buffers:
+            buffers.handles.close()
+
+
+def _read_slowly(sources: Sequence[TensorInfo], starts: Sequence[int], run: int, buffers: Buffers) -> None:
+    """As `read_runs`, but says what is wrong."""
+    for info, buffer in zip(sources, buffers.raw, strict=False):
+        view, size = memoryview(buffer), run * info.item_bytes
+        for number, start in enumerate(starts):
+            place = view[number * size : (number + 1) * size]
+            info.read_into(place, start * info.item_bytes, buffers.handles)
 
 
 @contextmanager
-def workers(threads: int, checkpoints: int, cache_bytes: int = 0) -> Iterator[Workers]:
-    """Worker threads for one run. Torch's own threads rest meanwhile: ours are the parallelism."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = Workers(threads, checkpoints, cache_bytes)
+def workers(threads: int, checkpoints: int) -> Iterator[Workers]:
+    """Worker threads for one run."""
+    pool = Workers(threads, checkpoints)
     try:
         yield pool
     finally:
         pool.close()
-        torch.set_num_threads(before)

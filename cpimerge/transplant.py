@@ -11,82 +11,105 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
 from .cores import Positions
-from .stream import Floats, encode
+from .kernels.mixing import copy_at
+from .stream import Floats, decode, encode
 
-__all__ = ["Claim", "transplant"]
+__all__ = ["Claim", "Stored", "transplant"]
 
 Bits = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a checkpoint has: the bits [n] of a float dtype, as unsigned integers."""
+
+    bits: Bits
+    dtype: str
+
+    def values_at(self, places: Positions) -> Floats:
+        return decode(self.bits[places].view(np.uint8), self.dtype)
+
+    def copy(self, places: Positions, out: Bits, dtype: str) -> None:
+        """Write these places to `out` [n], bits of `dtype`."""
+        if dtype == self.dtype:
+            copy_at(places, self.bits, out)
+        else:
+            out[places] = self.bits_at(places, dtype)
+
+    def bits_at(self, places: Positions, dtype: str) -> Bits:
+        """As bits of `dtype`; the stored ones, where that is their own."""
+        return self.bits[places] if dtype == self.dtype else encode(self.values_at(places), dtype)
+
+
+@dataclass(frozen=True)
 class Claim:
-    """What one task claims: its core's positions uint32 [k], its values float32 [n] and as output bits [n]."""
+    """What one task claims: the ascending positions uint32 [k] of its core, and its values."""
 
     positions: Positions
-    values: Floats
-    bits: Bits
+    stored: Stored
+
+    def holds(self, places: Positions) -> npt.NDArray[np.bool_]:
+        """Which of `places` are claimed."""
+        found = np.zeros(places.size, np.bool_)
+        near = np.searchsorted(self.positions, places)
+        inside = near < self.positions.size
+        found[inside] = self.positions[near[inside]] == places[inside]
+        return found
 
 
-def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Floats, dtype: str) -> None:
+def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Stored, dtype: str) -> None:
     """Overwrite `out` at every core position, in place. `claims` are in stage order.
 
-    An element that one task claims gets that task's stored value; `conflict` settles the others. `base` float32 [n]
-    has the base's values, for `largest` and `elect`.
+    An element that one task claims gets that task's stored value; `conflict` settles the others. `base` has the
+    base's values, for `largest` and `elect`.
     """
-    if conflict == "largest":
-        return _largest(out, claims, base)
     for claim in reversed(claims) if conflict == "first" else claims:
-        kernels.copy_at(claim.positions, claim.bits, out)
-    if conflict in ("mean", "elect"):
-        contested = _contested(len(out), claims)
+        claim.stored.copy(claim.positions, out, dtype)
+    if conflict in SETTLE:
+        contested = _contested(claims)
         if contested.size:
-            settle: Callable[..., Floats] = _mean if conflict == "mean" else _elect
-            out[contested] = encode(settle(contested, claims, base), dtype)
-    return None
+            out[contested] = SETTLE[conflict](contested, claims, base, dtype)
 
 
-def _largest(out: Bits, claims: Sequence[Claim], base: Floats) -> None:
-    largest = np.zeros(len(out), np.uint32)
-    magnitude = np.empty(len(out), np.float32)
+def _contested(claims: Sequence[Claim]) -> Positions:
+    """Positions in more than one core, ascending."""
+    every = np.sort(np.concatenate([claim.positions for claim in claims]))
+    contested: Positions = np.unique(every[1:][every[1:] == every[:-1]])
+    return contested
+
+
+def _largest(contested: Positions, claims: Sequence[Claim], base: Stored, dtype: str) -> Bits:
+    """The value that moved most; of equals, the later."""
+    origin = base.values_at(contested)
+    largest = np.zeros(contested.size, np.float32)
+    chosen = base.bits_at(contested, dtype)
     for claim in claims:
-        kernels.magnitude(base, claim.values, magnitude)
-        kernels.claim_largest(claim.positions, magnitude.view(np.uint32), claim.bits, largest, out)
+        moved = np.abs(claim.stored.values_at(contested) - origin)
+        wins = claim.holds(contested) & (moved >= largest)
+        largest[wins] = moved[wins]
+        chosen[wins] = claim.stored.bits_at(contested[wins], dtype)
+    return chosen
 
 
-def _contested(elements: int, claims: Sequence[Claim]) -> npt.NDArray[np.intp]:
-    """Positions in more than one core."""
-    claimants = np.zeros(elements, np.uint16)
-    for claim in claims:
-        claimants[claim.positions] += 1  # positions of one core are distinct
-    return np.flatnonzero(claimants > 1)
-
-
-def _claimed(contested: npt.NDArray[np.intp], claim: Claim, elements: int) -> npt.NDArray[np.bool_]:
-    inside = np.zeros(elements, np.bool_)
-    inside[claim.positions] = True
-    return inside[contested]
-
-
-def _mean(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats) -> Floats:
+def _mean(contested: Positions, claims: Sequence[Claim], base: Stored, dtype: str) -> Bits:
     """Mean of the claimants' values: float32, in stage order, at each contested position."""
     total = np.full(contested.size, -0.0, np.float32)  # what adding changes nothing, not even −0
     count = np.zeros(contested.size, np.float32)
     for claim in claims:
-        claimed = _claimed(contested, claim, len(claim.values))
-        total[claimed] += claim.values[contested[claimed]]
+        claimed = claim.holds(contested)
+        total[claimed] += claim.stored.values_at(contested[claimed])
         count += claimed
-    return total / count
+    return encode(total / count, dtype)
 
 
-def _elect(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Floats) -> Floats:
+def _elect(contested: Positions, claims: Sequence[Claim], base: Stored, dtype: str) -> Bits:
     """Ties-merging among the claimants: base + the mean of the updates that have the sign of their sum."""
-    origin = base[contested]
+    origin = base.values_at(contested)
     updates = []
     for claim in claims:
-        claimed = _claimed(contested, claim, len(claim.values))
-        updates.append(np.where(claimed, claim.values[contested] - origin, np.float32(0)))
+        update = claim.stored.values_at(contested) - origin
+        updates.append(np.where(claim.holds(contested), update, np.float32(0)))
     balance = np.zeros(contested.size, np.float32)
     for update in updates:  # not numpy's sum, whose order depends on the shape
         balance += update
@@ -97,4 +120,11 @@ def _elect(contested: npt.NDArray[np.intp], claims: Sequence[Claim], base: Float
         agrees = (np.sign(update) == sign) & (sign != 0)
         total[agrees] += update[agrees]
         count += agrees
-    return np.where(sign == 0, origin, origin + total / np.maximum(count, 1))
+    return encode(np.where(sign == 0, origin, origin + total / np.maximum(count, np.float32(1))), dtype)
+
+
+SETTLE: dict[str, Callable[[Positions, Sequence[Claim], Stored, str], Bits]] = {
+    "largest": _largest,
+    "mean": _mean,
+    "elect": _elect,
+}

@@ -13,10 +13,10 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -33,6 +33,7 @@ __all__ = [
     "staged_directory",
 ]
 
+FLUSH_BYTES = 64_000_000  # written before the disk is asked to take them
 MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's "5GB"
 # The reference writer's order of dtypes within a file.
 RANK = ("U64", "I64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
@@ -101,27 +102,55 @@ def index_json(layouts: Sequence[ShardLayout]) -> str:
 
 
 class ShardWriter:
-    """Writes one file from front to back, hashing as it goes."""
+    """Writes one file. What was written goes to the disk while more is being made, not all of it at the end."""
 
     def __init__(self, file: Path, header: bytes) -> None:
-        self._stream: BinaryIO = open(file, "xb", buffering=0)  # noqa: SIM115 - closed by `close`, which `finish` calls
+        self.data_begin = len(header)
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._sha256 = hashlib.sha256()
+        self._end = 0
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="cpimerge-flush")
+        self._flushing: Future[None] | None = None
+        self._flush_at = FLUSH_BYTES
         self.append(memoryview(header))
 
     def append(self, data: memoryview) -> None:
-        """Write `data`, contiguous bytes."""
+        """Write `data`, contiguous bytes, behind what was hashed so far, and hash it."""
+        self.write(data, self._end)
+        self.hash(data)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write `data` at `offset`, in any order and on any thread; `hash` must be given the same, in order."""
+        while data:
+            count = os.pwrite(self._handle, data, offset)
+            data, offset = data[count:], offset + count
+
+    def hash(self, data: memoryview) -> None:
+        """The next bytes of the file, which have been written."""
         self._sha256.update(data)
-        while len(data):
-            data = data[self._stream.write(data) :]
+        self._end += len(data)
+        if self._end >= self._flush_at and (self._flushing is None or self._flushing.done()):
+            self._check_flushed()
+            self._flush_at = self._end + FLUSH_BYTES
+            self._flushing = self._flusher.submit(os.fdatasync, self._handle)
 
     def close(self) -> None:
-        self._stream.close()
+        """Close the file; once is enough."""
+        self._flusher.shutdown(wait=True)
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
     def finish(self) -> str:
         """Flush to the disk and close; returns the file's sha256 in hex."""
-        os.fsync(self._stream.fileno())
+        self._check_flushed()
+        os.fsync(self._handle)
         self.close()
         return self._sha256.hexdigest()
+
+    def _check_flushed(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()  # an error of the disk is reported once
 
 
 @contextmanager
@@ -135,7 +164,7 @@ def staged_directory(target: Path, force: bool, inputs: Iterable[Path]) -> Itera
     check_target(target, force, inputs)
     real = _real(target)
     staging = _beside(real, "partial")
-    with _output_errors(target), _locked(real):
+    with output_errors(target), _locked(real):
         try:
             _remove(staging)  # what a killed run left
             staging.mkdir()
@@ -155,7 +184,7 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if real.is_relative_to(_real(path)):
             raise OutputError(f"{target}: lies in {path}, which is an input. Give a directory outside of it")
-    with _output_errors(target):
+    with output_errors(target):
         nearest = next(place for place in (real, *real.parents) if place.exists())
         if not nearest.is_dir():
             raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
@@ -176,7 +205,8 @@ def _beside(real: Path, purpose: str) -> Path:
 
 
 @contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
+def output_errors(target: Path) -> Iterator[None]:
+    """An OSError of the block becomes an OutputError that names `target`."""
     try:
         yield
     except OSError as error:

@@ -33,7 +33,7 @@ from cpimerge import (
     RecipeError,
     ResourceError,
     budget,
-    estimate,
+    needs,
     preflight,
 )
 from cpimerge.checkpoint import read_header
@@ -1008,7 +1008,7 @@ def test_no_disk_space(home: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_too_little_memory(home: Path, threads: int) -> None:
-    chunk_bytes = estimate.worker_bytes(preflight.check(cpimerge.load_recipe(home / "recipe.yml")))
+    chunk_bytes = needs.worker_bytes(preflight.check(cpimerge.load_recipe(home / "recipe.yml")))
     least, one = (f"{math.ceil((budget.RUNTIME_BYTES + count * chunk_bytes) / 1e6)} MB" for count in (threads, 1))
     way_out = "Raise the budget" if threads == 1 else f"Raise it, or use one thread ({one})"
     counted = "1 thread" if threads == 1 else f"{threads} threads"

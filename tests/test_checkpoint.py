@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
 from cpimerge import CheckpointError, checkpoint
-from cpimerge.checkpoint import TensorInfo, layer_of, natural_key, open_checkpoint, read_header
+from cpimerge.checkpoint import OPEN_FILES, Handles, TensorInfo, layer_of, natural_key, open_checkpoint, read_header
 
 # --- names ------------------------------------------------------------------------------------------
 
@@ -77,6 +79,31 @@ def test_layer_is_the_references(name: str) -> None:
     assert layer_of(name) == reference.layer(name)
 
 
+@pytest.fixture
+def handles() -> Iterator[Handles]:
+    result = Handles()
+    yield result
+    result.close()
+
+
+def is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
+
+
+def read(info: TensorInfo, size: int | None = None, start: int = 0) -> bytes:
+    """Bytes of a tensor, through a handle of its own."""
+    buffer, handles = bytearray(info.nbytes if size is None else size), Handles()
+    try:
+        info.read_into(memoryview(buffer), start, handles)
+    finally:
+        handles.close()
+    return bytes(buffer)
+
+
 # --- one file ---------------------------------------------------------------------------------------
 
 
@@ -102,10 +129,9 @@ def check_bytes(info: TensorInfo, expected: bytes, data: st.DataObject) -> None:
     """Any part of a tensor can be read, in however many calls the system wants."""
     assert (info.nbytes, info.elements * info.item_bytes) == (len(expected), len(expected))
     start = data.draw(st.integers(0, len(expected)))
-    buffer = bytearray(data.draw(st.integers(0, len(expected) - start)))
+    size = data.draw(st.integers(0, len(expected) - start))
     with mock.patch.object(checkpoint, "MAX_READ_BYTES", 3):
-        info.read_into(memoryview(buffer), start)
-    assert buffer == expected[start : start + len(buffer)]
+        assert read(info, size, start) == expected[start : start + size]
 
 
 def test_a_header_is_known_by_its_hash(tmp_path: Path) -> None:
@@ -130,8 +156,41 @@ def test_a_file_that_changes_during_the_run(tmp_path: Path, spoil: Any, fault: s
     (info,) = read_header(file).tensors
     spoil(file)
     with pytest.raises(CheckpointError) as error:
-        info.read_into(memoryview(bytearray(16)), 0)
+        read(info, 16)
     assert str(error.value).startswith(f"{file}: tensor 'w': {fault}")
+
+
+def test_a_file_is_opened_once_and_closed_in_the_end(tmp_path: Path, handles: Handles) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    handle = handles.of(tmp_path / "a")
+    with mock.patch.object(os, "open", side_effect=AssertionError):
+        assert handles.of(tmp_path / "a") == handle
+    assert is_open(handle)
+    assert not os.get_inheritable(handle)
+    handles.close()
+    assert not is_open(handle)
+    handles.close()  # again does no harm
+    assert os.pread(handles.of(tmp_path / "a"), 9, 0) == b"a"  # and it can be used again
+
+
+def test_only_so_many_files_are_open(tmp_path: Path, handles: Handles) -> None:
+    files = [tmp_path / str(number) for number in range(2 * OPEN_FILES)]
+    for file in files:
+        file.write_text(file.name)
+    seen = set()
+    for file in [*files, *files[::-1]]:
+        handle = handles.of(file)
+        seen.add(handle)
+        assert os.pread(handle, 9, 0).decode() == file.name
+        assert sum(map(is_open, seen)) <= OPEN_FILES
+    assert sum(map(is_open, seen)) == OPEN_FILES
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path, handles: Handles) -> None:
+    with pytest.raises(FileNotFoundError):
+        handles.of(tmp_path / "none")
+    (tmp_path / "none").write_bytes(b"late")
+    assert os.pread(handles.of(tmp_path / "none"), 9, 0) == b"late"
 
 
 # Whatever safetensors refuses is refused here too, and as a CheckpointError.
@@ -231,9 +290,7 @@ def test_shards_make_one_checkpoint(tmp_path: Path, shards: int) -> None:
     ]
     assert found.nbytes == sum(tensor.nbytes for tensor in expected.values())
     for name, info in found.tensors.items():
-        buffer = bytearray(info.nbytes)
-        info.read_into(memoryview(buffer), 0)
-        assert buffer == stored_bytes(expected[name])
+        assert read(info) == stored_bytes(expected[name])
 
 
 def test_one_file_is_preferred_to_an_index(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from trees import files
 
 import cpimerge
 from cpimerge import api, cli
-from cpimerge.estimate import Needs
+from cpimerge.needs import Needs
 from cpimerge.plan_file import Plan
 from cpimerge.report import plan_report, plan_summary, render
 
@@ -120,11 +120,42 @@ def test_plan_prints_what_it_needs_and_what_it_found(models: Path, tmp_path: Pat
     plan = Plan.load(tmp_path / "my plan")
     needs, report = result.stdout.split("\n\n", 1)
     assert [line.split(":")[0] for line in needs.splitlines()] == ["plan", "fuse", "both"]
-    assert needs.splitlines()[1].startswith("fuse: writes 9.7 kB, ")
+    assert needs.splitlines()[1].startswith("fuse: reads 38.9 kB, writes 9.7 kB")
     assert needs.splitlines()[2].startswith("both: on 2 threads, in at most ")
     footer = f"\nplan: '{tmp_path}/my plan'   next: cpimerge fuse '{tmp_path}/my plan' -o OUT_DIR\n"
     assert report == render(plan_report(plan), None, color=False) + footer
     assert files(tmp_path / "my plan") == files(models / "plan")
+
+
+def test_estimate_says_what_is_needed_and_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    before = files(models)
+    shown = run("plan", models / "recipe.yml", "-o", tmp_path / "new" / "plan", "--estimate", "--threads", "1")
+    assert (shown.exit_code, shown.exception) == (0, None)
+    lines = shown.stdout.splitlines()
+    assert lines[0].startswith("plan: reads 38.9 kB, writes at most ")
+    assert lines[0].endswith(", takes less than 1 s")
+    assert lines[1] == "fuse: reads 38.9 kB, writes 9.7 kB, takes less than 1 s"
+    assert lines[2:] == ["both: on 1 thread, in at most 464.0 MB of memory"]
+    data = json.loads(run("plan", models / "recipe.yml", "--estimate", "--json").stdout)
+    assert data["output_bytes"] == 2 * 40 * 30 * 4 + 30 * 2 + 7 * 8
+    assert 0 < data["plan_seconds"] < 60
+    assert 0 < data["fuse_seconds"] < 60
+    assert (files(models), list(tmp_path.iterdir())) == (before, [])
+
+
+def test_plan_needs_somewhere_to_write(models: Path) -> None:
+    result = run("plan", models / "recipe.yml")
+    assert result.exit_code == 2
+    assert "Missing option '--output' / '-o'" in result.stderr
+
+
+def test_the_demo_says_what_it_needs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("demo", "demo_data", "tinylm"):
+        monkeypatch.delitem(sys.modules, f"cpimerge.{name}", raising=False)
+    result = run("demo")
+    assert result.exit_code == 1
+    assert result.stderr == "error: the demo trains models with PyTorch: pip install 'cpimerge[demo]'\n"
 
 
 def test_fuse_prints_where_the_model_is_and_what_was_done(models: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exact selection from histograms, and cores on disk."""
+"""How large a core is, and cores on disk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import xxhash
+from pyroaring import BitMap
 
-from cpimerge.cores import CoreReader, CoreWriter, bitmap, budget, offsets_file, pair_counts
+from cpimerge.cores import CoreReader, CoreWriter, budget, offsets_file
 from cpimerge.errors import PlanError
 
 
@@ -23,20 +23,10 @@ def test_budget_is_exact(density: str, elements: int, k: int) -> None:
     assert budget(Fraction(Decimal(density)), elements) == k
 
 
-positions = st.sets(st.integers(0, 99)).map(lambda places: np.array(sorted(places), np.uint32))
-
-
-@given(st.lists(positions, min_size=1, max_size=4))
-def test_pair_counts(cores: list[np.ndarray]) -> None:
-    counts = pair_counts([bitmap(core) for core in cores])
-    sets = [set(core.tolist()) for core in cores]
-    assert counts.tolist() == [[len(a & b) for b in sets] for a in sets]
-
-
 def write(file: Path, cores: list[list[int]]) -> str:
     writer = CoreWriter(file)
     for core in cores:
-        writer.append(bitmap(np.array(core, np.uint32)))
+        writer.append(BitMap(core).serialize())
     assert writer.chunks == len(cores)
     return writer.finish()
 
@@ -73,3 +63,27 @@ def test_chunks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for chunk in (-1, 1):
         with pytest.raises(PlanError, match=f"has no chunk {chunk}, which"):
             reader.positions(chunk, 8)
+
+
+def test_the_digest_is_that_of_the_bitmaps_and_the_offsets(tmp_path: Path) -> None:
+    cores = [[1, 2], [], [3]]
+    digest = write(tmp_path / "00.roaring", cores)
+    bitmaps = [BitMap(core).serialize() for core in cores]
+    assert (tmp_path / "00.roaring").read_bytes() == b"".join(bitmaps)
+    offsets = np.cumsum([0, *map(len, bitmaps)]).astype(np.uint64)
+    assert np.load(offsets_file(tmp_path / "00.roaring")).tolist() == offsets.tolist()
+    assert digest == xxhash.xxh3_128_hexdigest(b"".join(bitmaps) + offsets.tobytes())
+
+
+def test_a_core_is_not_written_over_another(tmp_path: Path) -> None:
+    write(tmp_path / "00.roaring", [[1]])
+    with pytest.raises(FileExistsError):
+        CoreWriter(tmp_path / "00.roaring")
+
+
+@pytest.mark.parametrize("name", ["00.roaring", "00.npy"])
+def test_missing_cores_are_refused(tmp_path: Path, name: str) -> None:
+    digest = write(tmp_path / "00.roaring", [[1]])
+    (tmp_path / name).unlink()
+    with pytest.raises(PlanError, match=r"00\.roaring: cannot be read: .*No such file"):
+        CoreReader(tmp_path / "00.roaring", digest)

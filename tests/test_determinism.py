@@ -19,7 +19,7 @@ from checkpoints import save, write_recipe
 from trees import files
 
 import cpimerge
-from cpimerge import estimate, preflight
+from cpimerge import needs, preflight
 from cpimerge.budget import RUNTIME_BYTES, Budget
 from cpimerge.plan_file import Plan
 from cpimerge.stream import BLOCK_CHUNKS, CHUNK, chunks
@@ -80,18 +80,18 @@ def recipe(models: Path, **parameters: Any) -> Path:
 
 def least(recipe: Path, threads: int) -> int:
     """The smallest budget that `plan` accepts, in bytes."""
-    worker = estimate.worker_bytes(preflight.check(cpimerge.load_recipe(recipe)))
+    worker = needs.worker_bytes(preflight.check(cpimerge.load_recipe(recipe)))
     return least_for(worker, threads)
 
 
 def least_fuse(plan_dir: Path, threads: int) -> int:
     """The smallest budget that `fuse` accepts, in bytes."""
-    return least_for(estimate.fuse_worker_bytes(Plan.load(plan_dir)), threads)
+    return least_for(needs.fuse_worker_bytes(Plan.load(plan_dir)), threads)
 
 
 def least_for(worker: int, threads: int) -> int:
     nbytes = RUNTIME_BYTES + threads * worker
-    assert Budget.divide(worker, threads, nbytes).cache_bytes == 0
+    assert Budget.divide(worker, threads, nbytes).peak_bytes == nbytes
     with pytest.raises(cpimerge.ResourceError):
         Budget.divide(worker, threads, nbytes - 1)
     return nbytes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from cpimerge.estimate import Needs
+from cpimerge.needs import Needs
 from cpimerge.plan_file import Blend, Pair, Plan, Settings, Task, TaskTensor, TensorPlan
 from cpimerge.report import fuse_report, needs_report, plan_report, plan_summary, printable, render, share
 
@@ -18,11 +18,9 @@ NEEDS = Needs(
     threads=2,
     memory_bytes=528_000_000,
     input_bytes=6_300_000,
-    read_bytes=6_300_000,
     plan_bytes=72_000,
+    scratch_bytes=0,
     output_bytes=1_600_000,
-    plan_seconds=0.2,
-    fuse_seconds=0.1,
 )
 
 
@@ -315,24 +313,24 @@ def test_share(count: int, of: int, expected: str) -> None:
         (
             {},
             [
-                "plan: reads 6.3 MB, writes at most 72.0 kB, computes for less than 1 s",
-                "fuse: writes 1.6 MB, computes for less than 1 s",
+                "plan: reads 6.3 MB, writes at most 72.0 kB",
+                "fuse: reads 6.3 MB, writes 1.6 MB",
                 "both: on 2 threads, in at most 528.0 MB of memory",
             ],
         ),
         (
-            {"read_bytes": 16_300_000, "plan_seconds": 100.4, "fuse_seconds": 150.0, "threads": 1},
+            {"scratch_bytes": 5_000_000, "plan_seconds": 100.4, "fuse_seconds": 150.0, "threads": 1},
             [
-                "plan: reads 6.3 MB and 10.0 MB again, writes at most 72.0 kB, computes for about 100 s",
-                "fuse: writes 1.6 MB, computes for about 2 min",
+                "plan: reads 6.3 MB, writes at most 72.0 kB (and about 5.0 MB that goes again), takes about 100 s",
+                "fuse: reads 6.3 MB, writes 1.6 MB, takes about 2 min",
                 "both: on 1 thread, in at most 528.0 MB of memory",
             ],
         ),
         (
-            {"plan_seconds": 9000.0},
+            {"plan_seconds": 9000.0, "fuse_seconds": 0.2},
             [
-                "plan: reads 6.3 MB, writes at most 72.0 kB, computes for about 2.5 h",
-                "fuse: writes 1.6 MB, computes for less than 1 s",
+                "plan: reads 6.3 MB, writes at most 72.0 kB, takes about 2.5 h",
+                "fuse: reads 6.3 MB, writes 1.6 MB, takes less than 1 s",
                 "both: on 2 threads, in at most 528.0 MB of memory",
             ],
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
@@ -20,7 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cpimerge import analysis, fuse, load_recipe, preflight, stream
+from cpimerge import analysis, fuse, load_recipe, passes, preflight, selection, stream
 from cpimerge.budget import Budget
 from cpimerge.cores import CoreReader
 from cpimerge.plan_file import COEFFICIENTS_FILE, Plan
@@ -37,15 +37,31 @@ def small_chunks(elements: int) -> Iterator[None]:
         mock.patch.object(stream, "CHUNK", elements),
         mock.patch.object(stream, "CHUNK_ROWS", 3),
         mock.patch.object(analysis, "BLOCK_CHUNKS", 2),
+        mock.patch.object(analysis, "CHUNK", elements),
+        mock.patch.object(passes, "CHUNK", max(elements, selection.RUN)),
     ):
         yield
 
 
-def plan_and_fuse(directory: Path, case: Case, s: reference.Settings, *, cached: bool) -> Plan:
-    """Plan with every pool in a worker's cache or with none, and fuse into `out`."""
+@contextmanager
+def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathered: int) -> Iterator[None]:
+    """Samples of so few elements that brackets are wide or wrong, and so little room that it is soon used up."""
+    with (
+        mock.patch.object(selection, "WHOLE", whole),
+        mock.patch.object(selection, "RUN", run),
+        mock.patch.object(passes, "RUN", run),
+        mock.patch.object(selection, "DEVIATIONS", deviations),
+        mock.patch.object(passes, "CROWDED", crowded),
+        mock.patch.object(analysis, "GATHERED", gathered),
+    ):
+        yield
+
+
+def plan_and_fuse(directory: Path, case: Case, s: reference.Settings, *, shared: bool) -> Plan:
+    """Plan with every pool shared by all workers or with none, and fuse into `out`."""
     recipe = load_recipe(write_case(directory, case, s, shards=min(2, len(case.base))))
-    budget = Budget(threads=2, cache_bytes=1 << 26 if cached else 0, peak_bytes=0)
-    plan = make_plan(preflight.check(recipe), directory / "plan", budget, False, lambda *_: None)
+    with mock.patch.object(analysis, "SMALL", 0 if shared else 1 << 30):
+        plan = make_plan(preflight.check(recipe), directory / "plan", Budget(2, 0), False, lambda *_: None)
     fuse(directory / "plan", directory / "out", threads=2)
     return plan
 
@@ -69,17 +85,17 @@ def planned_cores(plan: Plan, directory: Path) -> dict[str, dict[str, list[int]]
     """Task -> float tensor -> flat indices, as the plan has them on disk."""
     result: dict[str, dict[str, list[int]]] = {}
     for task in plan.tasks:
-        reader = CoreReader(directory / "plan" / task.core_file, task.core_xxh3)
         result[task.name] = {}
-        for tensor in plan.tensors:
-            if tensor.action == "copy":
-                continue
-            every = chunks(tuple(tensor.shape), plan.settings.granularity) if tensor.action == "blend" else []
-            result[task.name][tensor.name] = [
-                chunk.start + int(place)
-                for number, chunk in enumerate(every)
-                for place in reader.positions(tensor.first_chunk + number, chunk.size)
-            ]
+        with closing(CoreReader(directory / "plan" / task.core_file, task.core_xxh3)) as reader:
+            for tensor in plan.tensors:
+                if tensor.action == "copy":
+                    continue
+                every = chunks(tuple(tensor.shape), plan.settings.granularity) if tensor.action == "blend" else []
+                result[task.name][tensor.name] = [
+                    chunk.start + int(place)
+                    for number, chunk in enumerate(every)
+                    for place in reader.positions(tensor.first_chunk + number, chunk.size)
+                ]
     return result
 
 
@@ -131,9 +147,9 @@ def check_coefficients(plan: Plan, directory: Path, case: Case, s: reference.Set
             assert (tensor.blend.steps, tensor.blend.slerped) == (len(steps), sum(step.slerp for step in steps))
 
 
-def check_everything(directory: Path, case: Case, s: reference.Settings, *, cached: bool = True) -> Plan:
+def check_everything(directory: Path, case: Case, s: reference.Settings, *, shared: bool = False) -> Plan:
     """Plan, fuse, and compare every number and every byte with the reference."""
-    plan = plan_and_fuse(directory, case, s, cached=cached)
+    plan = plan_and_fuse(directory, case, s, shared=shared)
     result = reference.run(case.base, case.experts, s, case.extra, coefficients(plan, directory, s.rest))
     assert planned_cores(plan, directory) == result.cores
     check_overlaps(plan, result)
@@ -144,12 +160,41 @@ def check_everything(directory: Path, case: Case, s: reference.Settings, *, cach
 
 
 @given(st.data(), st.booleans(), st.sampled_from([1, 5, 8, 1 << 18]))
-def test_every_number_and_byte_is_the_references(data: st.DataObject, cached: bool, chunk: int) -> None:
+def test_every_number_and_byte_is_the_references(data: st.DataObject, shared: bool, chunk: int) -> None:
     case = data.draw(cases())
     s = data.draw(settings(case))
     assume(s.t is not None or s.weight != 0 or s.backbone in ("base", "path"))
     with tempfile.TemporaryDirectory() as temporary, small_chunks(chunk):
-        check_everything(Path(temporary), case, s, cached=cached)
+        check_everything(Path(temporary), case, s, shared=shared)
+
+
+@given(
+    st.data(),
+    st.booleans(),
+    st.sampled_from([5, 1 << 18]),
+    st.sampled_from([2, 6, 12]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([0.0, 0.5, 3.5]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0, 3, 1 << 20]),
+)
+def test_guesses_change_nothing(
+    data: st.DataObject,
+    shared: bool,
+    chunk: int,
+    whole: int,
+    run: int,
+    deviations: float,
+    crowded: float,
+    gathered: int,
+) -> None:
+    """Wrong brackets, too many open elements and too many candidates are found out, and cost only time."""
+    case = data.draw(cases())
+    s = data.draw(settings(case))
+    assume(s.t is not None or s.weight != 0 or s.backbone in ("base", "path"))
+    guesses = rough_guesses(whole, run, deviations, crowded, gathered)
+    with tempfile.TemporaryDirectory() as temporary, guesses, small_chunks(chunk):
+        check_everything(Path(temporary), case, s, shared=shared)
 
 
 def fine_tunes(names: Sequence[str], *, seed: int = 0, step: float = 2.0**-7) -> Case:
@@ -280,9 +325,9 @@ def test_chunks_of_the_real_size(tmp_path: Path, dtype: torch.dtype) -> None:
     case = Case({"w": base}, {name: {"w": x} for name, x in zip("abc", experts, strict=True)}, {"w": base})
     s = reference.Settings(density=Fraction(1, 20), space="weights", conflict="largest")
     outputs = []
-    for cached in (True, False):
-        directory = tmp_path / str(cached)
-        plan = plan_and_fuse(directory, case, s, cached=cached)
+    for shared in (True, False):
+        directory = tmp_path / str(shared)
+        plan = plan_and_fuse(directory, case, s, shared=shared)
         outputs.append(load_file(directory / "out" / "model.safetensors")["w"])
         magnitudes = [(x.float() - base.float()).abs().flatten() for x in experts]
         k = base.numel() // 20

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -13,9 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyroaring import BitMap
+from safetensors.numpy import save_file
 
-from cpimerge import stream
-from cpimerge.checkpoint import read_header
+from cpimerge import CheckpointError, stream
+from cpimerge.checkpoint import ITEM_BYTES, OPEN_FILES, TensorInfo, read_header
+from cpimerge.kernels.reading import read_runs
 from cpimerge.stream import chunks, decode, encode, row_count, row_length, workers
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -48,8 +53,7 @@ def test_every_16_bit_value_decodes_and_encodes_exactly(dtype: torch.dtype) -> N
     name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     bits = np.arange(1 << 16, dtype=np.uint16)
     bits = bits[(bits & stream.EXPONENT[name]) != stream.EXPONENT[name]]
-    out = np.empty(bits.size, np.float32)
-    decode(bits.view(np.uint8), name, out)
+    out = decode(bits.view(np.uint8), name)
     assert out.tobytes() == torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy().tobytes()
     assert encode(out, name).tobytes() == bits.tobytes()
 
@@ -68,17 +72,17 @@ def test_every_16_bit_value_decodes_and_encodes_exactly(dtype: torch.dtype) -> N
 )
 def test_encode_rounds_once_to_nearest_even(value: float, dtype: str, wanted: float) -> None:
     values = np.array([value], np.float32)
-    out = np.empty(1, np.float32)
-    decode(encode(values, dtype).view(np.uint8), dtype, out)
-    assert out[0] == wanted
-    assert encode(values, dtype) is not values
+    assert decode(encode(values, dtype).view(np.uint8), dtype).tolist() == [wanted]
 
 
-def test_encode_does_not_share_memory() -> None:
+def test_what_is_encoded_or_decoded_is_a_copy() -> None:
     values = np.ones(3, np.float32)
     encoded = encode(values, "F32")
     values[:] = 2
     assert encoded.view(np.float32).tolist() == [1, 1, 1]
+    decoded = decode(encoded.view(np.uint8), "F32")
+    encoded[:] = 0
+    assert decoded.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -104,29 +108,177 @@ def test_map_raises_what_a_worker_raised() -> None:
         list(pool.map(lambda item: 1 // (3 - item), range(100)))
 
 
-def test_workers_give_torch_its_threads_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+# --- reading ----------------------------------------------------------------------------------------
+
+WHOLE = stream.Chunk(0, 10, 10)
+
+
+def tensor(file: Path, values: np.ndarray) -> TensorInfo:
+    """A tensor that does not begin where the file's data begins."""
+    save_file({"w": values, "a": np.zeros(3, values.dtype)}, file)
+    return next(info for info in read_header(file).tensors if info.name == "w")
+
+
+def number(directory: Path, count: int) -> list[TensorInfo]:
+    """So many files; the tensor of each says its number."""
+    return [tensor(directory / str(i), np.full(4, i, np.float32)) for i in range(count)]
+
+
+def numbers(found: list[stream.Bytes]) -> list[list[float]]:
+    return [raw.view(np.float32).tolist() for raw in found]
+
+
+def is_open(handle: int) -> bool:
     try:
-        with workers(1, 1):
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
 
 
-def test_read_brings_each_sources_bytes(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
+@pytest.fixture
+def data() -> list[np.ndarray]:
+    return [np.arange(10, dtype=np.float32), np.arange(10, 20).astype(np.float16), np.arange(10, dtype=np.int64)]
 
-    data: list[np.ndarray] = [np.arange(10, dtype=np.float32), np.arange(10, 20).astype(np.float16)]
-    for number, values in enumerate(data):
-        save_file({"w": values, "a": np.zeros(3, np.float32)}, tmp_path / f"{number}.safetensors")
-    infos = [
-        info
-        for number in range(2)
-        for info in read_header(tmp_path / f"{number}.safetensors").tensors
-        if info.name == "w"
-    ]
+
+@pytest.fixture
+def infos(tmp_path: Path, data: list[np.ndarray]) -> list[TensorInfo]:
+    return [tensor(tmp_path / f"{i}.safetensors", values) for i, values in enumerate(data)]
+
+
+def test_read_brings_each_sources_bytes(data: list[np.ndarray], infos: list[TensorInfo]) -> None:
+    with workers(1, 4) as pool:  # room for more than there are
+        for start, stop in ((3, 7), (0, 10), (9, 10), (3, 7)):
+            found = pool.read(infos, stream.Chunk(start, stop, 10))
+            assert [raw.tobytes() for raw in found] == [values[start:stop].tobytes() for values in data]
+        found = pool.read(infos[1:], stream.Chunk(3, 7, 10))
+        assert [raw.tobytes() for raw in found] == [values[3:7].tobytes() for values in data[1:]]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_read_runs_lays_them_end_to_end(data: list[np.ndarray], infos: list[TensorInfo], fast: bool) -> None:
+    """Also where the kernel gives up."""
+    starts, run = [7, 0, 0, 4], 3
+    reading = mock.patch.object(stream, "read_runs", read_runs if fast else lambda *_: False)
+    with reading, workers(1, 3) as pool:
+        pool.read_runs(infos, starts, run)
+        for raw, values in zip(pool.buffers.raw, data, strict=True):
+            wanted = np.concatenate([values[start : start + run] for start in starts]).tobytes()
+            assert raw[: len(wanted)].tobytes() == wanted
+
+
+def test_a_chunk_that_is_asked_for_again_is_read_once(infos: list[TensorInfo]) -> None:
+    with workers(1, 3) as pool, mock.patch.object(stream, "read_runs", side_effect=read_runs) as reading:
+
+        def reads(sources: list[TensorInfo], chunk: stream.Chunk) -> int:
+            before = reading.call_count
+            assert len(pool.read(sources, chunk)) == len(sources)
+            return reading.call_count - before
+
+        assert reads(infos, WHOLE) == 1
+        assert reads(list(infos), stream.Chunk(0, 10, 10)) == 0  # equal, if not the same
+        assert reads(infos, stream.Chunk(0, 9, 10)) == 1
+        assert reads(infos[:2], stream.Chunk(0, 9, 10)) == 1
+        assert reads(infos, WHOLE) == 1
+        pool.read_runs(infos, [5], 2)  # overwrites it
+        assert reads(infos, WHOLE) == 1
+        assert pool.read(infos, WHOLE)[0].view(np.float32)[0] == 0
+
+
+def test_each_thread_reads_for_itself(tmp_path: Path) -> None:
+    sources = number(tmp_path, 2)
+    meet = threading.Barrier(2, timeout=60)
+
+    def work(info: TensorInfo) -> list[list[float]]:
+        found = pool.read([info], stream.Chunk(0, 4, 4))
+        meet.wait()  # both have read
+        return numbers(found)
+
+    with workers(2, 1) as pool:
+        assert list(pool.map(work, sources)) == [[[0.0] * 4], [[1.0] * 4]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda file: os.truncate(file, file.stat().st_size - 3), "the file ended 3 bytes early. It changed during"),
+        (lambda file: file.unlink(), "cannot be read: No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_file_that_changes_during_the_run(
+    infos: list[TensorInfo], spoil: Callable[[Path], None], fault: str, which: int
+) -> None:
+    file = infos[which].file
+    spoil(file)
+    with workers(1, 3) as pool:
+        with pytest.raises(CheckpointError) as error:
+            pool.read(infos, WHOLE)
+        assert str(error.value).startswith(f"{file}: tensor 'w': {fault}")
+        with pytest.raises(CheckpointError):  # what could not be read is not remembered
+            pool.read(infos, WHOLE)
+        with pytest.raises(CheckpointError):
+            pool.read_runs(infos, [0, 7], 3)
+
+
+def test_a_file_cut_short_after_it_was_opened(infos: list[TensorInfo]) -> None:
+    with workers(1, 3) as pool:
+        pool.read(infos, WHOLE)
+        os.truncate(infos[1].file, infos[1].file.stat().st_size - 3)
+        pool.read(infos, stream.Chunk(0, 8, 10))  # which is there still
+        with pytest.raises(CheckpointError, match="the file ended 3 bytes early"):
+            pool.read(infos, WHOLE)
+
+
+def test_files_stay_open_until_the_workers_end(infos: list[TensorInfo]) -> None:
+    def work(info: TensorInfo) -> int:
+        pool.read([info], WHOLE)
+        with mock.patch.object(os, "open", side_effect=AssertionError):
+            return pool.buffers.handles.of(info.file)
+
+    with workers(1, 1) as pool:
+        handles = [*pool.map(work, infos), work(infos[0])]  # a worker's, and this thread's
+        assert len(set(handles)) == 4
+        assert all(map(is_open, handles))
+    assert not any(map(is_open, handles))
+
+
+def test_files_are_closed_where_a_worker_failed(infos: list[TensorInfo]) -> None:
+    handles = []
+
+    def work(pool: stream.Workers, info: TensorInfo) -> None:
+        handles.append(pool.buffers.handles.of(info.file))
+        assert is_open(handles[0])
+        raise ZeroDivisionError
+
+    def run() -> None:
+        with workers(1, 1) as pool:
+            list(pool.map(lambda info: work(pool, info), infos[:1]))
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert not is_open(handles[0])
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """One source stays the same while the others change: its file must not be closed while it is read."""
+    first, *others = number(tmp_path, OPEN_FILES + 6)
     with workers(1, 2) as pool:
-        found = pool.read(infos, stream.Chunk(3, 7, 10))
-        assert [raw.tobytes() for raw in found] == [values[3:7].tobytes() for values in data]
+        for i, other in enumerate(others, 1):
+            assert numbers(pool.read([first, other], stream.Chunk(0, 4, 4))) == [[0.0] * 4, [float(i)] * 4]
+
+
+def test_more_sources_than_files_may_be_open(tmp_path: Path) -> None:
+    sources = number(tmp_path, OPEN_FILES + 6)
+    with workers(1, len(sources)) as pool:
+        for some in (sources, sources[::-1]):
+            wanted = [[float(info.file.name)] * 4 for info in some]
+            assert numbers(pool.read(some, stream.Chunk(0, 4, 4))) == wanted
+
+
+def test_a_buffer_holds_the_largest_chunk() -> None:
+    """What the kernels are given room for: CHUNK elements of any dtype."""
+    buffers = stream.Buffers(2)
+    assert buffers.raw.shape == (2, max(ITEM_BYTES.values()) * stream.CHUNK)
+    assert buffers.places.size == len(buffers.values) == stream.CHUNK
+    assert buffers.serialized.size >= len(BitMap(range(0, stream.CHUNK, 2)).serialize())

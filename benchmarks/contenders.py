@@ -1,0 +1,137 @@
+"""Commands, each a process of its own, and what they took: seconds of each round, and peak memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+CPIMERGE = str(BIN / "cpimerge")
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+DENSITY = 0.01
+SAMPLE_SECONDS = 0.02
+
+
+def nothing() -> None:
+    """Nothing to prepare."""
+
+
+@dataclass
+class Contender:
+    """A command with its seconds in every round and its peak resident memory in bytes.
+
+    `startup` is the same command with no work to do; `before` prepares a run and is not timed.
+    """
+
+    name: str
+    command: Sequence[str]
+    before: Callable[[], None] = nothing
+    startup: Contender | None = None
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    def run(self) -> None:
+        self.before()
+        start = time.perf_counter()
+        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=OFFLINE)
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        self.seconds.append(time.perf_counter() - start)
+        self.peak = max(self.peak, usage.ru_maxrss * 1024)
+        if status:
+            raise SystemExit(f"{self.name} failed:\n{errors.decode(errors='replace')}")
+
+    def forget(self) -> None:
+        """Start measuring anew."""
+        self.seconds, self.peak = [], 0
+
+    @property
+    def work(self) -> list[float]:
+        """Seconds of every round without start-up, whose median is taken off."""
+        idle = statistics.median(self.startup.seconds) if self.startup else 0
+        return [seconds - idle for seconds in self.seconds]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """`cpimerge plan` and `cpimerge fuse` of one recipe. The fuse obeys the plan made last."""
+
+    recipe: Path
+    plan_dir: Path
+    out_dir: Path
+    plan: Contender
+    fuse: Contender
+
+
+def merge(work: Path, name: str, paths: Sequence[Path], startup: Merge | None = None, setting: str = "") -> Merge:
+    """The merge of a base and its experts, in files below `work`; `setting`: a parameter of the recipe."""
+    recipe, plan, out = (work / f"{name}{ending}" for ending in (".yml", "-plan", "-out"))
+    models = "".join(f"  - model: {path}\n" for path in paths[1:])
+    parameters = f"parameters:\n  density: {DENSITY}\n  {setting}\n"
+    recipe.write_text(f"merge_method: cpi\nbase_model: {paths[0]}\nmodels:\n{models}{parameters}")
+    planning = Contender("cpimerge plan", [CPIMERGE, "plan", str(recipe), "-o", str(plan)], lambda: remove(plan))
+    fusing = Contender("cpimerge fuse", [CPIMERGE, "fuse", str(plan), "-o", str(out)], lambda: remove(out))
+    if startup:
+        planning.startup, fusing.startup = startup.plan, startup.fuse
+    return Merge(recipe, plan, out, planning, fusing)
+
+
+def in_turn(contenders: Sequence[Contender], rounds: int) -> None:
+    """Run all of them, one after the other, `rounds` times.
+
+    Those of cpimerge run once before that, which does not count: kernels are compiled, files are in the page cache.
+    """
+    for contender in contenders:
+        if contender.startup:
+            contender.run()
+            contender.forget()
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        for contender in contenders:
+            contender.run()
+
+
+def remove(path: Path) -> None:
+    """What a command is about to write must not be there; nor may earlier writes still be on their way."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    os.sync()
+
+
+def drop_cache(files: Sequence[Path]) -> None:
+    """Ask the system to forget what it holds of these files, so that they are read from the disk. Linux only."""
+    os.sync()  # what is not on the disk yet would stay
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def peak_anonymous(command: Sequence[str]) -> int:
+    """Run a command and sample what it has allocated, libraries and page cache not counted; bytes. Linux only."""
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=OFFLINE) as process:
+        while process.poll() is None:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return peak
+
+
+def _anonymous(process: int) -> int:
+    """A process that has just ended has none."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return 1024 * int(fields.get("RssAnon", "0 kB").split()[0])
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

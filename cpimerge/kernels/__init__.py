@@ -1,0 +1,16 @@
+"""The few loops that touch every element. Stored bits in, nothing allocated in a loop, no global interpreter lock.
+
+No kernel is compiled with fast-math: sums keep the order written here, so results do not depend on the machine. Dot
+products may be fused multiply-adds: the product of two float32 is exact in float64, so both round alike. A magnitude
+|Δ| is kept as the bit pattern of its float32 (uint32): patterns of non-negative floats order like the numbers.
+
+Shapes: n elements of a chunk, C checkpoints, T tasks, V vectors, R rows, P = V·(V+1)/2 pairs (i ≤ j) in row-major
+order, W = ⌈n/64⌉ words of 64 elements, U open elements.
+
+    arrays      types that the kernels share, and how they are compiled
+    vectors     loops over explicit vector registers: dot products, sums, comparisons
+    floats      stored bits ↔ float32
+    scanning    the read of `plan`: everything that one look at a chunk can settle, and what was left open
+    bitsets     cores as bits: positions and overlaps
+    mixing      the write of `fuse`: the blend
+"""

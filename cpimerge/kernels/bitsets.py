@@ -1,0 +1,92 @@
+"""Cores as bits: their overlaps, and how they are stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import WORD, Counts, Stored, Words, compiled
+from .vectors import lowest, population
+
+COOKIE = 12346  # of bitmaps without run containers
+CONTAINER = 1 << 16  # elements of a Roaring container
+ARRAY = 4096  # so many of them are listed, more are a bit each
+
+
+def most_bytes(elements: int) -> int:
+    """What `serialize` writes at most for so many elements."""
+    return 8 + -(-elements // CONTAINER) * (8 + CONTAINER // 8)
+
+
+@compiled
+def serialize(bits: Words, out: Stored) -> int:
+    """Write the set `bits` uint64 [W] to `out` as a portable Roaring bitmap; returns its bytes.
+
+    https://github.com/RoaringBitmap/RoaringFormatSpec: cookie, number of containers, each one's key and size, each
+    one's offset, then the containers, the sorted low halves of their elements or a bit for each. Little-endian.
+    """
+    halves = out[: out.size // 2 * 2].view(np.uint16)  # everything begins at an even byte
+    words = CONTAINER // WORD
+    containers = -(-bits.size // words)
+    sizes = np.zeros(containers, np.int64)
+    for word in range(bits.size):
+        sizes[word // words] += population(bits[word])
+    filled = int(np.count_nonzero(sizes))
+    _put(halves, 0, COOKIE)
+    _put(halves, 2, filled)
+    place, end = 4, 4 + 4 * filled
+    for key in range(containers):
+        if sizes[key]:
+            halves[place] = key
+            halves[place + 1] = sizes[key] - 1
+            _put(halves, place + 2 * filled, 2 * end)
+            place += 2
+            end = _container(bits[key * words : (key + 1) * words], sizes[key], halves, end)
+    return 2 * end
+
+
+@compiled
+def _container(bits: Words, size: int, halves: npt.NDArray[np.uint16], place: int) -> int:
+    if size > ARRAY:
+        end = place + CONTAINER // 16
+        halves[place:end] = 0
+        for word in range(bits.size):
+            for quarter in range(4):
+                halves[place + 4 * word + quarter] = bits[word] >> np.uint64(16 * quarter)
+        return end
+    for word in range(bits.size):
+        left = bits[word]
+        while left:
+            halves[place] = word * WORD + lowest(left)
+            left &= left - np.uint64(1)
+            place += 1
+    return place
+
+
+@compiled
+def _put(halves: npt.NDArray[np.uint16], place: int, value: int) -> None:
+    halves[place] = value & 0xFFFF
+    halves[place + 1] = value >> 16
+
+
+@compiled
+def overlaps(bits: Words, out: Counts) -> int:
+    """|Ca ∩ Cb| of every two rows of `bits` uint64 [T, W] into `out` int64 [T, T]; returns |∪ C|."""
+    claimed = 0
+    for word in range(bits.shape[1]):
+        union = np.uint64(0)
+        for t in range(bits.shape[0]):
+            union |= bits[t, word]
+        claimed += population(union)
+    for a in range(bits.shape[0]):
+        for b in range(a, bits.shape[0]):
+            out[a, b] = out[b, a] = _shared(bits[a], bits[b])
+    return claimed
+
+
+@compiled
+def _shared(a: Words, b: Words) -> int:
+    count = 0
+    for word in range(a.size):
+        count += population(a[word] & b[word])
+    return count

@@ -1,0 +1,85 @@
+"""The write of `fuse`: the blend of a chunk."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import TILE, Bits, Counts, Floats, Stored, compiled
+from .floats import decode, encode
+from .scanning import Scratch, subtract
+
+
+class Mix(NamedTuple):
+    """How a chunk of `size` elements in rows of `row` is blended: checkpoint number `base` is the base, values are
+    differences from it if `delta`, and the result is stored as `kind`."""
+
+    size: int
+    row: int
+    base: int
+    delta: bool
+    kind: int
+
+
+@compiled
+def blend(raw: Stored, kinds: Counts, mix: Mix, coefficients: Floats, out: Stored, room: Scratch) -> None:
+    """Σ_v c_v·vector_v in float32, in the order of v, rounded once into `out` uint8 [n · item bytes].
+
+    `raw` uint8 [C, ≥ 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]; its first V are the vectors.
+    `coefficients` float32 [R, V] has a line for each row. With `mix.delta` the base is added last.
+    """
+    members = coefficients.shape[1]
+    item = 4 if mix.kind == 2 else 2
+    total = room.magnitude.view(np.float32)
+    for begin in range(0, mix.size, TILE):
+        end = min(begin + TILE, mix.size)
+        count = end - begin
+        for c in range(kinds.size):
+            if c < members or mix.delta:
+                width = 4 if kinds[c] == 2 else 2
+                decode(raw[c, width * begin : width * end], kinds[c], room.values[c, :count])
+        base = room.values[mix.base, :count].view(np.float32)
+        if mix.delta:
+            room.half[:count] = room.values[mix.base, :count]
+            base = room.half[:count].view(np.float32)
+            for v in range(members):
+                subtract(room.values[v, :count].view(np.float32), base)
+        place = begin
+        while place < end:
+            r = place // mix.row
+            stop = min(end, (r + 1) * mix.row)
+            part = total[place - begin : stop - begin]
+            _scale(coefficients[r, 0], room.values[0, place - begin : stop - begin].view(np.float32), part)
+            for v in range(1, members):
+                _add_scaled(coefficients[r, v], room.values[v, place - begin : stop - begin].view(np.float32), part)
+            place = stop
+        if mix.delta:
+            _add(base, total[:count])
+        encode(room.magnitude[:count], mix.kind, out[item * begin : item * end])
+
+
+@compiled
+def _scale(factor: np.float32, values: Floats, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] = factor * values[i]
+
+
+@compiled
+def _add_scaled(factor: np.float32, values: Floats, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] += factor * values[i]
+
+
+@compiled
+def _add(values: Floats, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] += values[i]
+
+
+@compiled
+def copy_at(places: Bits, source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+    """target[p] = source[p] at `places` uint32 [k]; both are [n] of one dtype."""
+    for i in range(places.size):
+        target[places[i]] = source[places[i]]

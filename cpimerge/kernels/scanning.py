@@ -1,0 +1,308 @@
+"""The read of `plan`: everything that one look at a chunk can settle, and what was left open."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
+from .floats import decode
+from .vectors import SUM_LANES, above, at_least, gram, lowest, population, split_sums
+
+INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
+
+ALL = np.uint32(0xFFFFFFFF)  # bits
+
+
+class Look(NamedTuple):
+    """What to make of a chunk: of `size` elements, in rows of `row`, from `tasks` tasks and perhaps a backbone.
+
+    The blend's members are the checkpoints from `member` on, as differences from the base if `delta`. `near` is a
+    magnitude; half a unit in the last place of a base value b is `half` · max(2^⌊log2 |b|⌋, float32 of `least`).
+    """
+
+    size: int
+    row: int
+    tasks: int
+    member: int
+    delta: bool
+    near: np.uint32
+    least: np.uint32
+    half: np.float32
+
+
+class Found(NamedTuple):
+    """What `scan` fills in; see there."""
+
+    bits: Words  # [T, W]: certainly in the core
+    counts: Counts  # [T, 5]: changed, m ≤ near, within half a unit of the base; above the bracket, in it
+    peaks: Bits  # [C − 1]: the largest magnitude
+    sums: Doubles  # [T, 2]: Σ m above the bracket, below it
+    gram: Doubles  # [R, P] of the elements below every bracket
+    places: Bits  # [room]: where an element is in some task's bracket, ascending
+    values: Floats  # [room, C]: what every checkpoint has there
+
+
+class Scratch(NamedTuple):
+    """Room for one tile; contents do not matter."""
+
+    values: Bits  # [C, TILE]
+    magnitude: Bits  # [TILE]
+    half: Bits  # [TILE]
+    keep: Bits  # [TILE]
+    open: Words  # [TILE // WORD]
+
+
+def scratch(checkpoints: int) -> Scratch:
+    """Room for tiles of so many checkpoints."""
+    magnitude, half, keep = (np.empty(TILE, np.uint32) for _ in range(3))
+    return Scratch(np.empty((checkpoints, TILE), np.uint32), magnitude, half, keep, np.empty(TILE // WORD, np.uint64))
+
+
+@compiled
+def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: Found, room: Scratch) -> int:
+    """One look at a chunk, when of each core only a bracket of its smallest magnitude is known.
+
+    `raw` uint8 [C, ≥ 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]. A magnitude above `high`
+    uint32 [T] is in the task's core, one below `low` (which is 1 or more) is not, and between them it is open. Adds
+    to `found`, but sets its open elements, and raises its peaks. Returns how many elements are open for some task;
+    those that do not fit into `found.places` are only counted.
+    """
+    opened = 0
+    for begin in range(0, look.size, TILE):
+        count = min(TILE, look.size - begin)
+        padded = -(-count // SUM_LANES) * SUM_LANES
+        for c in range(kinds.size):
+            width = 4 if kinds[c] == 2 else 2
+            decode(raw[c, width * begin : width * (begin + count)], kinds[c], room.values[c, :count])
+        _half_units(room.values[0, :count], look, room.half)
+        room.keep[:] = ALL
+        room.open[:] = 0
+        base = room.values[0].view(np.float32)
+        for c in range(1, kinds.size):
+            if c > look.tasks:  # a backbone that is no task
+                _differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
+                found.peaks[c - 1] = max(found.peaks[c - 1], _peak(room.magnitude[:count]))
+                continue
+            t = c - 1
+            task = room.values[c, :count].view(np.float32)
+            _look_at(task, room, low[t], look.near, found.counts[t], found.peaks[t : t + 1])
+            room.magnitude[count:] = 0
+            split_sums(room.magnitude[:padded], low[t], high[t], found.sums[t])
+            _sort_out(room.magnitude, low[t], high[t], found.bits[t, begin // WORD :], found.counts[t], room.open)
+        opened = _note_open(room.open, begin, room.values, found, opened)
+        if look.delta:
+            _subtract_base(room.values)
+        _add_grams(room.values[look.member :], room.keep, begin, count, look.row, found.gram)
+    return opened
+
+
+@compiled
+def _half_units(base: Bits, look: Look, out: Bits) -> None:
+    steps = out.view(np.float32)
+    for i in range(base.size):
+        out[i] = max(base[i] & INFINITE, look.least)
+    for i in range(base.size):
+        steps[i] *= look.half
+
+
+@compiled
+def _differ(a: Floats, b: Floats, out: Floats) -> None:
+    for i in range(a.size):
+        out[i] = abs(a[i] - b[i])
+
+
+@compiled
+def _peak(magnitude: Bits) -> Any:
+    most = np.uint32(0)
+    for i in range(magnitude.size):
+        most = max(most, magnitude[i])
+    return most
+
+
+@compiled
+def _look_at(values: Floats, room: Scratch, low: np.uint32, near: np.uint32, counts: Counts, peak: Bits) -> None:
+    """The magnitudes of a task's `values` [n], which of them are below `low`, and what can be counted of them."""
+    base, half = room.values[0, : values.size].view(np.float32), room.half[: values.size]
+    magnitude, keep = room.magnitude[: values.size], room.keep[: values.size]
+    changed = nearly = rounding = np.uint32(0)
+    most = peak[0]
+    for i in range(values.size):
+        m = np.float32(abs(values[i] - base[i])).view(np.uint32)
+        magnitude[i] = m
+        keep[i] = keep[i] if m < low else np.uint32(0)
+        most = max(most, m)
+        # uint32 again after each sum, or half as many fit into a register
+        changed = np.uint32(changed + np.uint32(m != 0))
+        nearly = np.uint32(nearly + np.uint32(m <= near))
+        rounding = np.uint32(rounding + np.uint32(m <= half[i]))
+    counts[0] += changed
+    counts[1] += nearly
+    counts[2] += rounding
+    peak[0] = most
+
+
+@compiled
+def _sort_out(magnitude: Bits, low: np.uint32, high: np.uint32, bits: Words, counts: Counts, opened: Words) -> None:
+    """The words of a tile: in the core, and open for some task; padding is 0, hence neither."""
+    for word in range(min(opened.size, bits.size)):
+        inside = above(magnitude, word * WORD, high)
+        between = at_least(magnitude, word * WORD, low) & ~inside
+        bits[word] = inside
+        opened[word] |= between
+        counts[3] += population(inside)
+        counts[4] += population(between)
+
+
+@compiled
+def _note_open(words: Words, begin: int, values: Bits, found: Found, opened: int) -> int:
+    for word in range(words.size):
+        left = words[word]
+        while left:
+            place = word * WORD + lowest(left)
+            left &= left - np.uint64(1)
+            if opened < found.places.size:
+                found.places[opened] = begin + place
+                for c in range(values.shape[0]):
+                    found.values[opened, c] = values[c, place : place + 1].view(np.float32)[0]
+            opened += 1
+    return opened
+
+
+@compiled
+def _subtract_base(values: Bits) -> None:
+    """Make differences from the base of the values of a tile, in place; the base is 0 then."""
+    base = values[0].view(np.float32)
+    for c in range(1, values.shape[0]):
+        subtract(values[c].view(np.float32), base)
+    values[0] = 0
+
+
+@compiled
+def subtract(values: Floats, base: Floats) -> None:
+    """values − base of float32 [n], in place."""
+    for i in range(values.size):
+        values[i] -= base[i]
+
+
+@compiled
+def _add_grams(members: Bits, keep: Bits, begin: int, count: int, row: int, out: Doubles) -> None:
+    """Add a tile's dot products to those of its rows: elements [begin, begin + count) of a chunk."""
+    place = 0
+    while place < count:
+        r = (begin + place) // row
+        end = min(count, (r + 1) * row - begin)
+        gram(members, keep, place, end, out[r])
+        place = end
+
+
+@compiled
+def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, room: Scratch) -> None:
+    """|Δ| of every task in runs of at most TILE elements: `out` uint32 [T, runs · run], `starts` [runs] say where.
+
+    `raw` and `kinds` as for `scan`.
+    """
+    base = room.values[0, :run]
+    task = room.values[1, :run]
+    for number in range(starts.size):
+        begin = starts[number]
+        for c in range(out.shape[0] + 1):
+            width = 4 if kinds[c] == 2 else 2
+            decode(raw[c, width * begin : width * (begin + run)], kinds[c], base if c == 0 else task)
+            if c > 0:
+                place = out[c - 1, number * run : (number + 1) * run]
+                _differ(task.view(np.float32), base.view(np.float32), place.view(np.float32))
+
+
+@compiled
+def count_bins(values: Floats, low: Bits, high: Bits, shifts: Counts, counts: Counts) -> None:
+    """Count each task's magnitudes within [low, high] by (m − low) >> shift, in `counts` int64 [T, bins + 1].
+
+    `values` float32 [U, C] as `scan` finds them; the others are [T]. The last bin takes all that are outside.
+    """
+    outside = counts.shape[1] - 1
+    for u in range(values.shape[0]):
+        for t in range(low.size):
+            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            inside = (low[t] <= m) & (m <= high[t])
+            counts[t, (np.int64(m) - np.int64(low[t])) >> shifts[t] if inside else outside] += 1
+
+
+@compiled
+def gather(values: Floats, low: Bits, high: Bits, out: Bits) -> Counts:
+    """Each task's magnitudes within [low, high] into `out` uint32 [T, U + 1]; returns how many, int64 [T].
+
+    `values` float32 [U, C] as `scan` finds them.
+    """
+    counts = np.zeros(low.size, np.int64)
+    for u in range(values.shape[0]):
+        for t in range(low.size):
+            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            out[t, counts[t]] = m  # if it is outside, the next one overwrites it
+            counts[t] += (low[t] <= m) & (m <= high[t])
+    return counts
+
+
+@compiled
+def kth_bin(counts: Counts, k: int) -> tuple[int, int]:
+    """The bin of `counts` int64 [bins] that holds the k-th largest entry, and how many of the k lie in that bin.
+
+    1 ≤ k ≤ the sum of the counts.
+    """
+    place = counts.size - 1
+    while counts[place] < k:
+        k -= counts[place]
+        place -= 1
+    return place, k
+
+
+@compiled
+def count_equal(values: Floats, limits: Bits, counts: Counts) -> None:
+    """Add to `counts` int64 [T] how many of `values` float32 [U, C] have a magnitude of exactly `limits` uint32 [T]."""
+    for u in range(values.shape[0]):
+        for t in range(limits.size):
+            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            counts[t] += m == limits[t]
+
+
+@compiled
+def resolve(look: Look, low: Bits, high: Bits, limits: Bits, ties: Counts, found: Found, room: Scratch) -> None:
+    """Decide the open elements of a chunk, `found.places` and `found.values` [U], once the thresholds are known.
+
+    An open element is in a task's core if its magnitude is above `limits` uint32 [T], or equal to it and one of the
+    first `ties` [T], which are counted down. Completes the bits, sums and Gram matrices of `found`.
+    """
+    members, values = room.values[look.member :], room.values[look.member :].view(np.float32)
+    room.keep[:] = ALL
+    row, gathered = 0, 0
+    for u in range(found.places.size):
+        place = found.places[u]
+        if gathered == TILE or place // look.row != row:
+            gram(members, room.keep, 0, gathered, found.gram[row])
+            row, gathered = place // look.row, 0
+        for v in range(members.shape[0]):
+            stored = found.values[u, look.member + v]
+            values[v, gathered] = stored - found.values[u, 0] if look.delta else stored
+        # What some core has is overwritten by the next. (Nothing here is a branch, as none could be foreseen.)
+        gathered += not _decide(found.values[u], place, low, high, limits, ties, found)
+    gram(members, room.keep, 0, gathered, found.gram[row])
+
+
+@compiled
+def _decide(values: Floats, place: int, low: Bits, high: Bits, limits: Bits, ties: Counts, found: Found) -> bool:
+    """Whether an element, `values` [C], is in any core; it is noted there."""
+    word, bit = place // WORD, np.uint64(place % WORD)
+    claimed = np.uint64(0)
+    for t in range(limits.size):
+        size = np.float32(abs(values[1 + t] - values[0]))
+        m = size.view(np.uint32)
+        opened = (low[t] <= m) & (m <= high[t])
+        tie = opened & (m == limits[t]) & (ties[t] > 0)
+        ties[t] -= tie
+        inside = opened & ((m > limits[t]) | tie)
+        found.bits[t, word] |= np.uint64(inside) << bit
+        found.sums[t, 0] += np.float64(size) if inside else 0.0
+        found.sums[t, 1] += np.float64(size) if opened & ~inside else 0.0
+        claimed |= found.bits[t, word] >> bit & np.uint64(1)
+    return bool(claimed != 0)
