@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .arrays import TILE, Bits, Counts, Floats, Stored, compiled
 from .floats import decode, encode
-from .scanning import Scratch, subtract
+from .scanning import Scratch
 
 
 class Mix(NamedTuple):
@@ -40,24 +40,32 @@ def blend(raw: Stored, kinds: Counts, mix: Mix, coefficients: Floats, out: Store
             if c < members or mix.delta:
                 width = 4 if kinds[c] == 2 else 2
                 decode(raw[c, width * begin : width * end], kinds[c], room.values[c, :count])
-        base = room.values[mix.base, :count].view(np.float32)
-        if mix.delta:
-            room.half[:count] = room.values[mix.base, :count]
-            base = room.half[:count].view(np.float32)
-            for v in range(members):
-                subtract(room.values[v, :count].view(np.float32), base)
         place = begin
         while place < end:
             r = place // mix.row
             stop = min(end, (r + 1) * mix.row)
-            part = total[place - begin : stop - begin]
-            _scale(coefficients[r, 0], room.values[0, place - begin : stop - begin].view(np.float32), part)
-            for v in range(1, members):
-                _add_scaled(coefficients[r, v], room.values[v, place - begin : stop - begin].view(np.float32), part)
+            _blend_row(room.values, place - begin, stop - begin, mix, coefficients[r], total)
             place = stop
-        if mix.delta:
-            _add(base, total[:count])
         encode(room.magnitude[:count], mix.kind, out[item * begin : item * end])
+
+
+@compiled
+def _blend_row(values: Bits, start: int, stop: int, mix: Mix, coefficients: Floats, total: Floats) -> None:
+    """Elements [start, stop) of a tile, of one row."""
+    out, base = total[start:stop], values[mix.base, start:stop].view(np.float32)  # sliced so, they are contiguous
+    for v in range(coefficients.size):
+        vector = values[v, start:stop].view(np.float32)
+        if mix.delta:
+            if v == 0:
+                _scale_difference(coefficients[0], vector, base, out)
+            else:
+                _add_difference(coefficients[v], vector, base, out)
+        elif v == 0:
+            _scale(coefficients[0], vector, out)
+        else:
+            _add_scaled(coefficients[v], vector, out)
+    if mix.delta:
+        _add(base, out)
 
 
 @compiled
@@ -70,6 +78,18 @@ def _scale(factor: np.float32, values: Floats, out: Floats) -> None:
 def _add_scaled(factor: np.float32, values: Floats, out: Floats) -> None:
     for i in range(out.size):
         out[i] += factor * values[i]
+
+
+@compiled
+def _scale_difference(factor: np.float32, values: Floats, base: Floats, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] = factor * (values[i] - base[i])
+
+
+@compiled
+def _add_difference(factor: np.float32, values: Floats, base: Floats, out: Floats) -> None:
+    for i in range(out.size):
+        out[i] += factor * (values[i] - base[i])
 
 
 @compiled

@@ -175,13 +175,12 @@ def _subtract_base(values: Bits) -> None:
     """Make differences from the base of the values of a tile, in place; the base is 0 then."""
     base = values[0].view(np.float32)
     for c in range(1, values.shape[0]):
-        subtract(values[c].view(np.float32), base)
+        _subtract(values[c].view(np.float32), base)
     values[0] = 0
 
 
 @compiled
-def subtract(values: Floats, base: Floats) -> None:
-    """values − base of float32 [n], in place."""
+def _subtract(values: Floats, base: Floats) -> None:
     for i in range(values.size):
         values[i] -= base[i]
 
