@@ -36,12 +36,14 @@ from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import Inputs, TensorSpec, pools
 from .selection import Bracket, everything, narrow, pick
 from .shelf import Shelf, Shelved
-from .stream import BLOCK_CHUNKS, CHUNK, Progress, Workers, chunks
+from .stream import BLOCK_CHUNKS, CHUNK, Progress, Workers, chunks, row_count
 
-__all__ = ["SMALL", "Analysis", "Findings", "content_hash", "examine", "is_small"]
+__all__ = ["SMALL", "SMALL_ROWS", "Analysis", "Findings", "content_hash", "examine", "is_small", "pool_rows"]
 
-SMALL = 16  # chunks of a pool that one worker examines in memory
-GATHERED = 1 << 20  # magnitudes of a task that are looked at together
+# A pool of so many elements, and of so many rows whose Gram matrices are kept, is examined by one worker in memory.
+SMALL = 16 * CHUNK
+SMALL_ROWS = 1 << 14
+GATHERED = 1 << 18  # magnitudes of a task that are looked at together
 
 Pool = list[TensorSpec]
 Result = Scanned | Settled
@@ -50,7 +52,7 @@ Run = Callable[..., Iterator[Any]]  # `map`: here, or on all workers
 
 @dataclass
 class Findings:
-    """What the read found out about one tensor; shapes and meanings as in `Surveyed` and `Settled`."""
+    """What the read found out about one tensor; shapes and meanings as in `Found` and `Settled`."""
 
     identical: bool
     digests: list[array[int]]
@@ -96,7 +98,8 @@ class Analysis:
 
     def run(self) -> dict[str, Findings]:
         """Findings by tensor name. Raises IncompatibleError naming every NaN, Inf and unequal non-float tensor."""
-        for small, batch in _batches(pools(self.inputs.tensors, self.inputs.recipe.scope).values()):
+        every = pools(self.inputs.tensors, self.inputs.recipe.scope).values()
+        for small, batch in _batches(every, self.inputs.recipe.granularity):
             for results in self.workers.map(self._examine_all, batch) if small else map(self._share, batch):
                 for result in results:
                     self._keep(result)
@@ -139,9 +142,9 @@ class Analysis:
         findings.updates += scanned.counts[:, :3]
         for known, new in zip(findings.digests, scanned.digests, strict=True):
             known.append(new)
-        for checkpoint, place in scanned.faults.items():  # the first that is kept is the tensor's first
+        for checkpoint, place in (scanned.faults or {}).items():  # the first that is kept is the tensor's first
             self.problems.setdefault((spec.name, checkpoint), _fault(spec, self.inputs, checkpoint, place))
-        for checkpoint, place in scanned.overflows.items():
+        for checkpoint, place in (scanned.overflows or {}).items():
             where = _where(spec, self.inputs, checkpoint, place)
             text = f"{where} is so far from the base's value that their difference does not fit float32"
             self.problems.setdefault((spec.name, checkpoint), f"{text}. Take another checkpoint")
@@ -183,7 +186,7 @@ class _Examination:
             scanned.append(replace(one, digests=()))
         if sound:
             self._drop_identical(scanned)
-            yield from self._settle(bracket, self._of_blocks(scanned), np.minimum(sizes, changed))
+            yield from self._settle(bracket, scanned, np.minimum(sizes, changed))
 
     def _scan(self, bracket: Bracket) -> Iterator[Scanned]:
         for block in self.run(partial(self._scan_block, bracket=bracket), self.blocks):
@@ -194,17 +197,18 @@ class _Examination:
         return scanned if self.shelf is None else [replace(one, kept=_put(self.shelf, one.kept)) for one in scanned]
 
     def _drop_identical(self, scanned: list[Scanned]) -> None:
+        """Tensors that are the same bytes everywhere are not settled."""
         differing = {one.spec.name for one in scanned if not one.identical}
         self.blocks = [block for block in self.blocks if block.spec.name in differing]
-
-    def _of_blocks(self, scanned: Iterable[Scanned]) -> list[Scanned]:
-        names = {block.spec.name for block in self.blocks}
-        return [one for one in scanned if one.spec.name in names]
+        scanned[:] = [one for one in scanned if one.spec.name in differing]
 
     def _settle(self, bracket: Bracket, scanned: list[Scanned], wanted: Counts) -> Iterator[Settled]:
         """The chunks of a sound pool, whose cores have `wanted` [T] elements."""
         above, between, crowded = _totals(scanned, len(wanted))
         if not bracket.holds(above, between, wanted) or (crowded and not bracket.is_exact):
+            scanned.clear()
+            if self.shelf is not None:
+                self.shelf.clear()
             bracket, _ = narrow(everything(len(wanted)), wanted, wanted, self._count_again, enough=0)
             scanned = [replace(one, digests=()) for one in self._scan(bracket)]
             above, between, crowded = _totals(scanned, len(wanted))
@@ -226,17 +230,22 @@ class _Examination:
         if not unknown.any():
             return [threshold or NOTHING for threshold in known]
         narrower, wanted = narrow(bracket, unknown, between, partial(self._count_kept, scanned), enough=GATHERED)
-        parts = list(self.run(partial(self._gather, narrower), scanned))
-        exact = [pick(np.concatenate(some), int(w)) for some, w in zip(zip(*parts, strict=True), wanted, strict=True)]
-        return [threshold or found for threshold, found in zip(known, exact, strict=True)]
+        known = [
+            threshold or (Threshold(int(low), int(ties)) if low == high else None)
+            for threshold, low, high, ties in zip(known, narrower.low, narrower.high, wanted, strict=True)
+        ]
+        asked = [task for task, threshold in enumerate(known) if threshold is None]
+        parts = list(self.run(partial(self._gather, narrower, asked), scanned)) if asked else []
+        for task, some in zip(asked, zip(*parts, strict=True), strict=True):
+            known[task] = pick(np.concatenate(some), int(wanted[task]))
+        return [threshold or NOTHING for threshold in known]
 
-    def _gather(self, bracket: Bracket, scanned: Scanned) -> list[Bits]:
-        """Each task's magnitudes in the bracket."""
+    def _gather(self, bracket: Bracket, tasks: Sequence[int], scanned: Scanned) -> list[Bits]:
+        """The magnitudes in the bracket, of each of `tasks`."""
         values = self._kept(scanned).values
         out = np.empty((len(bracket.low), len(values) + 1), np.uint32)
-        return [
-            row[:count] for row, count in zip(out, scanning.gather(values, bracket.low, bracket.high, out), strict=True)
-        ]
+        counts = scanning.gather(values, bracket.low, bracket.high, out)
+        return [out[task, : counts[task]].copy() for task in tasks]
 
     def _count_kept(self, scanned: list[Scanned], bracket: Bracket, shifts: Counts, bins: int) -> Counts:
         def count(one: Scanned) -> Counts:
@@ -312,23 +321,29 @@ def _where(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str
     return f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
 
 
-def _batches(every: Iterable[Pool]) -> Iterator[tuple[bool, list[list[Pool]]]]:
+def _batches(every: Iterable[Pool], granularity: str) -> Iterator[tuple[bool, list[list[Pool]]]]:
     """Runs of small pools, several tiny ones together, and of large ones; all in their order."""
-    for small, group in groupby(every, key=is_small):
+    for small, group in groupby(every, key=lambda pool: is_small(pool, granularity)):
         batches: list[list[Pool]] = [[]]
-        elements = 0
+        elements = rows = 0
         for pool in group:
-            if elements >= CHUNK:
+            if elements >= CHUNK or rows >= SMALL_ROWS:
                 batches.append([])
-                elements = 0
+                elements = rows = 0
             batches[-1].append(pool)
             elements += _elements(pool)
+            rows += pool_rows(pool, granularity)
         yield small, batches
 
 
-def is_small(pool: Pool) -> bool:
+def is_small(pool: Pool, granularity: str) -> bool:
     """Whether one worker examines it, in memory."""
-    return _elements(pool) <= SMALL * CHUNK
+    return _elements(pool) <= SMALL and pool_rows(pool, granularity) <= SMALL_ROWS
+
+
+def pool_rows(pool: Pool, granularity: str) -> int:
+    """Vectors of a pool, each of which has a Gram matrix."""
+    return sum(row_count(spec.shape, granularity) for spec in pool)
 
 
 def _elements(pool: Pool) -> int:

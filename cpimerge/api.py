@@ -68,15 +68,13 @@ def estimate(
     """What `plan` and then `fuse` would need: memory, disk and time, without doing either.
 
     The time follows from about a second of work on parts of the inputs, and of writing to the disk of `out`, which is
-    left as it was. Options and errors as for `plan`.
+    left as it was; `fuse_seconds` is None where that cannot be written. Options and errors as for `plan`.
     """
     inputs = _checked(recipe)
     budget, needs = _budgeted(inputs, threads, memory)
     from .probe import seconds
-    from .writer import output_errors
 
-    with output_errors(Path(out)):
-        plan_seconds, fuse_seconds = seconds(inputs, budget.threads, Path(out))
+    plan_seconds, fuse_seconds = seconds(inputs, budget.threads, Path(out))
     return replace(needs, plan_seconds=plan_seconds, fuse_seconds=fuse_seconds)
 
 

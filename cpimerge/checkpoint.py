@@ -48,7 +48,6 @@ CONFIG = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 MAX_SIZE = 1 << 63
 MAX_NAME = 1_000  # characters; no real name comes near it, and numbers in names stay small enough to compare
-OPEN_FILES = 64  # of one thread
 MAX_READ_BYTES = 1 << 30  # Linux transfers at most 2 GiB a call
 AGAIN = "Download or save it again"
 
@@ -100,19 +99,20 @@ class TensorInfo:
 class Handles:
     """Files that one thread reads from, kept open: opening one takes longer than reading a small tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._open: dict[Path, int] = {}
 
     def of(self, file: Path) -> int:
-        """A handle of `file`, open for reading until OPEN_FILES others were asked for. Raises OSError."""
+        """A handle of `file`, open for reading until `limit` others were asked for. Raises OSError."""
         return self.all([file])[0]
 
     def all(self, files: Sequence[Path]) -> list[int]:
-        """Handles of all `files` at once, more than OPEN_FILES if need be. Raises OSError."""
+        """Handles of all `files` at once, more than `limit` if need be. Raises OSError."""
         for file in files:  # those used last stand last
             handle = self._open.pop(file, None)
             self._open[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC) if handle is None else handle
-        while len(self._open) > max(OPEN_FILES, len(set(files))):
+        while len(self._open) > max(self._limit, len(set(files))):
             os.close(self._open.pop(next(iter(self._open))))
         return [self._open[file] for file in files]
 

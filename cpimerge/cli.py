@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from .budget import format_size, parse_size
 from .errors import CpimergeError, OutputError, ResourceError
 
 MAX_SHOWN_PROBLEMS = 100
+GARBAGE_THRESHOLD = 100_000  # a run makes many objects and few cycles: looking for these took a fifth of it
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 NORMAL_COLUMNS, NORMAL_ROWS = 80, 24
 
@@ -204,6 +206,7 @@ def main() -> None:
 
     Write a recipe, look at the plan, fuse, and load the result with transformers.
     """
+    gc.set_threshold(GARBAGE_THRESHOLD)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a table is worth more than an accent that the locale lacks
 

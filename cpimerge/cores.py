@@ -9,7 +9,6 @@ import os
 from array import array
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,7 +38,7 @@ NOTHING = Threshold(bits=0xFFFFFFFF, ties=0)
 
 def budget(density: Fraction, elements: int) -> int:
     """k = ⌊p·n⌋ elements, exact: p is the decimal that the user wrote."""
-    return floor(density * elements)
+    return density.numerator * elements // density.denominator
 
 
 class CoreWriter:
@@ -102,7 +101,7 @@ class CoreReader:
         begin, end = int(self._offsets[chunk]), int(self._offsets[chunk + 1])
         data = os.pread(self._handle, end - begin, begin)
         found = np.frombuffer(BitMap.deserialize(data).to_array(), np.uint32)
-        if found.size and found[-1] >= elements:
+        if found.size and found.max() >= elements:
             raise PlanError(f"{self._file}: chunk {chunk} does not fit its tensor. Run `cpimerge plan` again")
         return found
 

@@ -127,8 +127,11 @@ class _Fusion:
     def write_shard(self, layout: ShardLayout, directory: Path) -> str:
         """Fuse and write one shard; returns its sha256."""
         seen: dict[str, list[int]] = {}
-        with closing(ShardWriter(directory / layout.filename, layout.header())) as writer:
-            for fused in self.pool.map(partial(self._fuse, writer), self._jobs(layout)):
+        with (
+            closing(ShardWriter(directory / layout.filename, layout.header())) as writer,
+            closing(self.pool.map(partial(self._fuse, writer), self._jobs(layout))) as results,
+        ):
+            for fused in results:
                 for name, digest in fused.digests.items():
                     seen.setdefault(name, []).append(digest)
                 if fused.job.last:

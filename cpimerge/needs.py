@@ -6,20 +6,19 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .analysis import SMALL, is_small
+from .analysis import SMALL, SMALL_ROWS, is_small, pool_rows
 from .budget import Budget, format_size
 from .checkpoint import ITEM_BYTES
 from .cores import budget
 from .errors import ResourceError
 from .passes import CROWDED
 from .plan_file import Plan
-from .preflight import Inputs, TensorSpec, pools
+from .preflight import Inputs, pools
 from .selection import BIN_BITS
-from .stream import CHUNK, CHUNK_ROWS, PENDING, row_count, row_length
+from .stream import CHUNK, PENDING, row_count
 
 __all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "worker_bytes"]
 
-BITMAP_BYTES = CHUNK // 8  # a Roaring bitmap of a chunk at its largest
 HISTOGRAM_BYTES = 8 << BIN_BITS
 OPEN = 1 / 24  # share of elements that a sample leaves open; with many equal updates it may be more
 JSON_BYTES = 600  # of plan.json for a tensor and a task
@@ -85,9 +84,9 @@ def _plan_worker_bytes(inputs: Inputs) -> int:
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
     buffers = CHUNK * (checkpoints * (item + 4) + 8)
-    open_bytes = int(CHUNK * CROWDED) * 4 * (1 + checkpoints)
-    pool = SMALL * (open_bytes + tasks * BITMAP_BYTES + _gram_bytes(inputs))
-    return buffers + pool + PENDING * (SMALL * (tasks * BITMAP_BYTES + _gram_bytes(inputs)) + tasks * HISTOGRAM_BYTES)
+    settled = SMALL * tasks // 8 + _gram_bytes(inputs)
+    pool = int(SMALL * CROWDED) * 4 * (1 + checkpoints) + settled
+    return buffers + pool + PENDING * (settled + tasks * HISTOGRAM_BYTES)
 
 
 def _fuse_worker_bytes(sources: int, tasks: int) -> int:
@@ -97,21 +96,26 @@ def _fuse_worker_bytes(sources: int, tasks: int) -> int:
 
 
 def _gram_bytes(inputs: Inputs) -> int:
-    """The largest Gram matrices of one chunk."""
+    """The Gram matrices of small pools that one worker examines together, or of a block of a large one."""
+    rows = pool_rows([spec for spec in inputs.tensors if spec.is_float], inputs.recipe.granularity)
+    return min(rows, 2 * SMALL_ROWS) * _matrix_bytes(inputs)
+
+
+def _matrix_bytes(inputs: Inputs) -> int:
     members = len(inputs.checkpoints)
-    rows = max((_chunk_rows(spec, inputs.recipe.granularity) for spec in inputs.tensors if spec.elements), default=1)
-    return 8 * rows * members * (members + 1) // 2
-
-
-def _chunk_rows(spec: TensorSpec, granularity: str) -> int:
-    return min(row_count(spec.shape, granularity), CHUNK_ROWS, max(1, CHUNK // row_length(spec.shape, granularity)))
+    return 8 * members * (members + 1) // 2
 
 
 def _scratch_bytes(inputs: Inputs) -> int:
-    """What waits on the shelf for the largest pool: a bit for each element and task, and some elements of it whole."""
-    every = pools(inputs.tensors, inputs.recipe.scope).values()
-    largest = max((sum(spec.elements for spec in pool) for pool in every if not is_small(pool)), default=0)
-    return largest * len(inputs.recipe.tasks) // 8 + int(largest * OPEN) * 4 * (1 + len(inputs.checkpoints))
+    """What waits on the shelf for the largest pool: bits of the cores, open elements, Gram matrices."""
+    granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
+    largest = 0
+    for pool in pools(inputs.tensors, inputs.recipe.scope).values():
+        if pool[0].is_float and not is_small(pool, granularity):
+            elements = sum(spec.elements for spec in pool)
+            kept = elements * tasks // 8 + int(elements * OPEN) * 4 * (1 + len(inputs.checkpoints))
+            largest = max(largest, kept + pool_rows(pool, granularity) * _matrix_bytes(inputs))
+    return largest
 
 
 def _plan_bytes(inputs: Inputs) -> int:

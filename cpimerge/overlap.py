@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -28,13 +27,10 @@ def jaccard(counts: Counts, a: int, b: int) -> Fraction:
 def chance(sizes: Sequence[int], first: Sequence[Fraction], second: Sequence[Fraction]) -> Fraction:
     """The Jaccard index that independent cores of the given densities would have: p/(2 − p) where all are p.
 
-    `sizes` are elements of each eligible tensor, `first` and `second` the two tasks' densities there.
+    `sizes` are elements of eligible tensors, `first` and `second` the two tasks' densities there.
     """
-    elements: Counter[tuple[Fraction, Fraction]] = Counter()
-    for n, densities in zip(sizes, zip(first, second, strict=True), strict=True):
-        elements[densities] += n
-    both = sum((n * p * q for (p, q), n in elements.items()), Fraction(0))
-    either = sum((n * (p + q - p * q) for (p, q), n in elements.items()), Fraction(0))
+    both = sum((n * p * q for n, p, q in zip(sizes, first, second, strict=True)), Fraction(0))
+    either = sum((n * (p + q - p * q) for n, p, q in zip(sizes, first, second, strict=True)), Fraction(0))
     return both / either if either else Fraction(0)
 
 

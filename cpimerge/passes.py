@@ -7,8 +7,8 @@ R rows of a chunk, P = V·(V+1)/2 pairs, U open elements.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,8 @@ __all__ = ["Block", "Passes", "Scanned", "Settled"]
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
 # Of the base's dtype: bits of its fraction, and float32's pattern of its smallest normal number.
 PRECISION = {"F32": (23, 1 << 23), "BF16": (7, 1 << 23), "F16": (10, (127 - 14) << 23)}
-CROWDED = 1 / 6  # the share of open elements from which a chunk is rather read again
+FEW = 1 << 12  # open elements that are kept in any case
+CROWDED = 1 / 8  # the share of open elements from which a chunk is rather read again
 GOLDEN = 0.6180339887498949  # its multiples spread over [0, 1) and fall in with no row length
 
 Counts = npt.NDArray[np.int64]
@@ -44,7 +45,7 @@ class Block:
     chunks: Sequence[Chunk]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scanned:
     """One chunk after the first look at it."""
 
@@ -53,11 +54,10 @@ class Scanned:
     digests: Sequence[int]  # of each checkpoint: xxh3-64 of the chunk's bytes
     identical: bool  # the same bytes and dtype in every checkpoint
     counts: Counts  # [T, 5]: as in `Found`
-    opened: int = 0  # elements that are open for some task
     kept: Found | Shelved | None = None  # what `resolve` needs, of a floating-point tensor
     is_crowded: bool = False  # the open elements were too many to keep
-    faults: dict[int, int] = field(default_factory=dict)  # checkpoint -> first index not finite, or unlike the base's
-    overflows: dict[int, int] = field(default_factory=dict)  # checkpoint -> first index whose update is not finite
+    faults: Mapping[int, int] | None = None  # checkpoint -> first index not finite, or unlike the base's
+    overflows: Mapping[int, int] | None = None  # checkpoint -> first index whose update is not finite
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,13 @@ class Passes:
         found, opened = self._look(spec, chunk, bracket)
         faults, overflows = self._faults(spec, chunk, stored, found)
         same = not found.counts[:, 0].any() and len({info.dtype for info in spec.sources}) == 1
-        crowded = opened > CROWDED * chunk.size
+        crowded = opened > max(FEW, CROWDED * chunk.size)
         return Scanned(
             spec=spec,
             chunk=chunk,
             digests=_digests(stored),
             identical=same and all(np.array_equal(stored[0], raw) for raw in stored[1:]),
             counts=found.counts,
-            opened=opened,
             kept=_detached(found, 0 if crowded else opened),
             is_crowded=crowded,
             faults=faults,
@@ -186,12 +185,12 @@ class Passes:
 
     def _faults(
         self, spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes], found: Found
-    ) -> tuple[dict[int, int], dict[int, int]]:
+    ) -> tuple[dict[int, int] | None, dict[int, int] | None]:
         """Where a checkpoint, or else an update, is not finite. An update is not where its checkpoint is not."""
+        if not (found.peaks >= scanning.INFINITE).any():
+            return None, None
         faults: dict[int, int] = {}
         overflows: dict[int, int] = {}
-        if not (found.peaks >= scanning.INFINITE).any():
-            return faults, overflows
         for checkpoint, (info, raw) in enumerate(zip(spec.sources, stored, strict=True)):
             place = first_nonfinite(bits_of(raw, info), EXPONENT[info.dtype])
             if place >= 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -158,13 +160,15 @@ def _sum_pairs(findings: Iterable[Findings], tasks: int) -> Counts:
 def _pairs(inputs: Inputs, findings: dict[str, Findings], total: Counts) -> Iterator[Pair]:
     """Every pair of tasks, with its overlap in the model and in each layer."""
     eligible = [spec for spec in inputs.tensors if spec.eligible]
-    sizes = [spec.elements for spec in eligible]
+    sizes: Counter[tuple[Fraction, ...]] = Counter()  # elements by the tasks' densities, which are mostly the same
+    for spec in eligible:
+        sizes[spec.density] += spec.elements
     layers: dict[str, Counts] = {}
     for spec in eligible:
         layers[spec.layer] = layers.get(spec.layer, 0) + findings[spec.name].pairs
     names = [task.name for task in inputs.recipe.tasks]
     for a, b in combinations(range(len(names)), 2):
-        expected = chance(sizes, [spec.density[a] for spec in eligible], [spec.density[b] for spec in eligible])
+        expected = chance([*sizes.values()], [density[a] for density in sizes], [density[b] for density in sizes])
         index = jaccard(total, a, b)
         shared = int(total[a, b])
         yield Pair(

@@ -20,7 +20,7 @@ from .kernels.floats import KINDS
 from .kernels.mixing import Mix, blend
 from .passes import Passes
 from .preflight import Inputs, TensorSpec
-from .stream import CHUNK, Chunk, Workers, workers
+from .stream import CHUNK, Chunk, Workers, row_length, workers
 
 __all__ = ["seconds"]
 
@@ -49,10 +49,10 @@ class _Pace:
         return scale * max(self.computing * (1 - SHARE_PARALLEL + SHARE_PARALLEL / threads), self.waiting)
 
 
-def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float]:
+def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float | None]:
     """Seconds that `plan` and `fuse` will take, without start-up. `target`'s disk is written to, and left as it was.
 
-    Raises CheckpointError where an input cannot be read, OSError where the disk cannot be written.
+    None for `fuse` where that disk cannot be written. Raises CheckpointError where an input cannot be read.
     """
     elements = sum(spec.elements for spec in inputs.tensors if spec.is_float)
     output_bytes = sum(spec.elements * ITEM_BYTES[spec.dtype] for spec in inputs.tensors)
@@ -70,8 +70,9 @@ def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float]:
                 fusing.add(piece.elements, fused[0] - planned[0], fused[1] - planned[1])
             if planning.computing + planning.waiting > TRY_SECONDS:
                 break
-    writing = output_bytes / _disk_rate(target) if elements else 0.0
-    return planning.seconds(elements, threads), max(fusing.seconds(elements, threads), writing)
+    rate = _disk_rate(target)
+    fuse_seconds = None if rate is None else max(fusing.seconds(elements, threads), output_bytes / rate)
+    return planning.seconds(elements, threads), fuse_seconds
 
 
 def _pieces(inputs: Inputs) -> list[TensorSpec]:
@@ -83,9 +84,13 @@ def _pieces(inputs: Inputs) -> list[TensorSpec]:
 
 
 def _beginning(spec: TensorSpec) -> TensorSpec:
-    count = min(spec.elements, PIECE)
-    sources = tuple(replace(info, shape=(count,), nbytes=count * info.item_bytes) for info in spec.sources)
-    return replace(spec, shape=(count,), sources=sources)
+    """A tensor of no more than PIECE elements: whole rows, or a part of one."""
+    row = row_length(spec.shape, "row")
+    rows = min(spec.elements, PIECE) // row
+    shape = (rows, row) if rows else (PIECE,)
+    count = math.prod(shape)
+    sources = tuple(replace(info, shape=shape, nbytes=count * info.item_bytes) for info in spec.sources)
+    return replace(spec, shape=shape, sources=sources)
 
 
 def _plan_piece(inputs: Inputs, pool: Workers, piece: TensorSpec) -> None:
@@ -115,18 +120,20 @@ def _chunks(elements: int) -> Iterator[Chunk]:
         yield Chunk(start, min(start + CHUNK, elements), elements)
 
 
-def _disk_rate(target: Path) -> float:
-    """Bytes a second that reach the disk of `target`."""
+def _disk_rate(target: Path) -> float | None:
+    """Bytes a second that reach the disk of `target`; None where it cannot be written."""
     place = target.expanduser().absolute()
     while not place.is_dir():
         place = place.parent
     data = os.urandom(1 << 20) * (DISK_PIECE >> 20)
-    started = time.perf_counter()
-    with tempfile.TemporaryFile(dir=place) as file:
-        written = 0
-        while written < 8 * DISK_PIECE and time.perf_counter() - started < TRY_SECONDS:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            written += len(data)
+    started, written = time.perf_counter(), 0
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            while written < 8 * DISK_PIECE and time.perf_counter() - started < TRY_SECONDS:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                written += len(data)
+    except OSError:
+        return None
     return written / (time.perf_counter() - started)

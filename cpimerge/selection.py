@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cores import NOTHING, Threshold
+from .errors import CheckpointError
 from .kernels.arrays import Bits, Counts
 from .kernels.scanning import kth_bin
 
@@ -27,7 +28,7 @@ LEAST, LARGEST = 1, 0x7F7FFFFF  # magnitudes that may be in a core: those of fin
 RUN = 512  # neighbouring elements of a sample that are read together
 WHOLE = 1 << 15  # so few elements are sampled entirely
 SHARE = 128  # else one element in so many
-MOST = 1 << 22  # but no more of all tasks together
+MOST = 1 << 21  # but no more of all tasks together
 DEVIATIONS = 3.5  # half the width of a bracket; a wrong guess costs time, not exactness
 BIN_BITS = 16
 
@@ -124,7 +125,8 @@ def narrow(bracket: Bracket, wanted: Counts, candidates: Counts, count: Count, e
 
     Or until it holds that magnitude only. Where 0 is wanted, the bracket holds nothing then. `count` counts, for each
     task, the magnitudes m in the bracket by the bin (m − low) >> shift; about so many `candidates` [T] are there.
-    Returns the narrower bracket, and which largest in it is wanted [T].
+    Returns the narrower bracket, and which largest in it is wanted [T]. Raises CheckpointError where there are fewer
+    than wanted, because an input changed.
     """
     low, high, left = (values.astype(np.int64) for values in (bracket.low, bracket.high, wanted))
     low = np.where(left > 0, low, high + 1)
@@ -134,6 +136,8 @@ def narrow(bracket: Bracket, wanted: Counts, candidates: Counts, count: Count, e
         bins = 1 + max(int(width) >> int(shift) for width, shift in zip(high - low, shifts, strict=True))
         counts = count(Bracket(low.astype(np.uint32), high.astype(np.uint32)), shifts, bins)
         for task in np.flatnonzero(left):
+            if counts[task].sum() < left[task]:
+                raise CheckpointError("an input changed during the run: start again when nothing writes to it")
             place, left[task] = kth_bin(counts[task], left[task])
             left_over[task] = counts[task, place]
             low[task] += place << shifts[task]

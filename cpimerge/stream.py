@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from resource import RLIMIT_NOFILE, getrlimit
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from .kernels.scanning import Scratch, scratch
 CHUNK = 1 << 18  # elements; a constant, because it enters sums
 CHUNK_ROWS = 1 << 11  # rows of a chunk at most, so that their Gram matrices stay small
 BLOCK_CHUNKS = 4  # chunks that a worker takes at a time
+OPEN_FILES = 64  # of one thread, unless so many may not be open
 PENDING = 2  # results a thread may have waiting
 
 # The exponent field of each float dtype: all of its bits are set in NaN and Inf, and in nothing else.
@@ -115,13 +117,13 @@ def bits_of(raw: Bytes, info: TensorInfo) -> npt.NDArray[np.generic]:
 class Buffers:
     """One worker's reusable memory, for chunks of up to `count` checkpoints, and the files it has open."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, open_files: int) -> None:
         self.raw = np.empty((count, 8 * CHUNK), np.uint8)  # 8-byte integers are the largest; untouched is not taken
         self.places = np.empty(CHUNK, np.uint32)
         self.values = np.empty((CHUNK, count), np.float32)
         self.serialized = np.empty(bitsets.most_bytes(CHUNK), np.uint8)
         self.scratch: Scratch = scratch(count)
-        self.handles = Handles()
+        self.handles = Handles(open_files)
         self.holds: object = None  # what `raw` was read for
 
 
@@ -131,7 +133,7 @@ class Workers:
     def __init__(self, threads: int, checkpoints: int) -> None:
         self.threads = threads
         self._local = threading.local()
-        self._checkpoints = checkpoints
+        self._sizes = (checkpoints, min(OPEN_FILES, getrlimit(RLIMIT_NOFILE)[0] // (4 * threads)))
         self._buffers: list[Buffers] = []
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="cpimerge")
 
@@ -139,7 +141,7 @@ class Workers:
     def buffers(self) -> Buffers:
         """The calling thread's own buffers."""
         if not hasattr(self._local, "buffers"):
-            self._local.buffers = Buffers(self._checkpoints)
+            self._local.buffers = Buffers(*self._sizes)
             self._buffers.append(self._local.buffers)
         buffers: Buffers = self._local.buffers
         return buffers
@@ -168,7 +170,7 @@ class Workers:
         if not read_runs(files, offsets, items, np.array(starts, np.int64), run, buffers.raw):
             _read_slowly(sources, starts, run, buffers)
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
         """Like `map`, in parallel; at most a few results wait, and the first exception ends the rest."""
         pending: deque[Future[Result]] = deque()
         try:
@@ -181,6 +183,7 @@ class Workers:
         finally:
             for future in pending:
                 future.cancel()
+            wait(pending)  # nothing that they use may be closed under them
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

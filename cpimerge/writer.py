@@ -39,6 +39,9 @@ MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's "5GB"
 RANK = ("U64", "I64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
+_flush_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
+
+
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
     """One tensor of the output; `dtype` as safetensors spells it."""
@@ -112,7 +115,11 @@ class ShardWriter:
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="cpimerge-flush")
         self._flushing: Future[None] | None = None
         self._flush_at = FLUSH_BYTES
-        self.append(memoryview(header))
+        try:
+            self.append(memoryview(header))
+        except OSError:
+            self.close()
+            raise
 
     def append(self, data: memoryview) -> None:
         """Write `data`, contiguous bytes, behind what was hashed so far, and hash it."""
@@ -132,14 +139,14 @@ class ShardWriter:
         if self._end >= self._flush_at and (self._flushing is None or self._flushing.done()):
             self._check_flushed()
             self._flush_at = self._end + FLUSH_BYTES
-            self._flushing = self._flusher.submit(os.fdatasync, self._handle)
+            self._flushing = self._flusher.submit(_flush_data, self._handle)
 
     def close(self) -> None:
         """Close the file; once is enough."""
         self._flusher.shutdown(wait=True)
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
     def finish(self) -> str:
         """Flush to the disk and close; returns the file's sha256 in hex."""
@@ -164,7 +171,7 @@ def staged_directory(target: Path, force: bool, inputs: Iterable[Path]) -> Itera
     check_target(target, force, inputs)
     real = _real(target)
     staging = _beside(real, "partial")
-    with output_errors(target), _locked(real):
+    with _output_errors(target), _locked(real):
         try:
             _remove(staging)  # what a killed run left
             staging.mkdir()
@@ -184,7 +191,7 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if real.is_relative_to(_real(path)):
             raise OutputError(f"{target}: lies in {path}, which is an input. Give a directory outside of it")
-    with output_errors(target):
+    with _output_errors(target):
         nearest = next(place for place in (real, *real.parents) if place.exists())
         if not nearest.is_dir():
             raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
@@ -205,8 +212,7 @@ def _beside(real: Path, purpose: str) -> Path:
 
 
 @contextmanager
-def output_errors(target: Path) -> Iterator[None]:
-    """An OSError of the block becomes an OutputError that names `target`."""
+def _output_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -4,8 +4,6 @@ The environment is set when pytest loads this file, before a test module imports
 """
 
 import os
-from importlib.util import find_spec
-from pathlib import Path
 
 # The Hub must not be asked for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,16 +27,3 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
-
-
-def _forget_stale_kernels() -> None:
-    """Numba keeps a compiled kernel until its own file changes, also where it calls into a file that has changed."""
-    (package,) = find_spec("cpimerge").submodule_search_locations  # type: ignore[union-attr, misc]
-    kernels = Path(package) / "kernels"
-    newest = max(source.stat().st_mtime for source in kernels.glob("*.py"))
-    for compiled in kernels.glob("__pycache__/*.nb?"):
-        if compiled.stat().st_mtime < newest:
-            compiled.unlink(missing_ok=True)
-
-
-_forget_stale_kernels()

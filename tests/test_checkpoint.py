@@ -24,7 +24,8 @@ from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
 from cpimerge import CheckpointError, checkpoint
-from cpimerge.checkpoint import OPEN_FILES, Handles, TensorInfo, layer_of, natural_key, open_checkpoint, read_header
+from cpimerge.checkpoint import Handles, TensorInfo, layer_of, natural_key, open_checkpoint, read_header
+from cpimerge.stream import OPEN_FILES
 
 # --- names ------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ def test_layer_is_the_references(name: str) -> None:
 
 @pytest.fixture
 def handles() -> Iterator[Handles]:
-    result = Handles()
+    result = Handles(OPEN_FILES)
     yield result
     result.close()
 
@@ -96,7 +97,7 @@ def is_open(handle: int) -> bool:
 
 def read(info: TensorInfo, size: int | None = None, start: int = 0) -> bytes:
     """Bytes of a tensor, through a handle of its own."""
-    buffer, handles = bytearray(info.nbytes if size is None else size), Handles()
+    buffer, handles = bytearray(info.nbytes if size is None else size), Handles(OPEN_FILES)
     try:
         info.read_into(memoryview(buffer), start, handles)
     finally:

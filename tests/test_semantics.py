@@ -52,6 +52,7 @@ def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathe
         mock.patch.object(passes, "RUN", run),
         mock.patch.object(selection, "DEVIATIONS", deviations),
         mock.patch.object(passes, "CROWDED", crowded),
+        mock.patch.object(passes, "FEW", 0),
         mock.patch.object(analysis, "GATHERED", gathered),
     ):
         yield
@@ -60,7 +61,8 @@ def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathe
 def plan_and_fuse(directory: Path, case: Case, s: reference.Settings, *, shared: bool) -> Plan:
     """Plan with every pool shared by all workers or with none, and fuse into `out`."""
     recipe = load_recipe(write_case(directory, case, s, shards=min(2, len(case.base))))
-    with mock.patch.object(analysis, "SMALL", 0 if shared else 1 << 30):
+    small = 0 if shared else 1 << 30
+    with mock.patch.object(analysis, "SMALL", small), mock.patch.object(analysis, "SMALL_ROWS", small):
         plan = make_plan(preflight.check(recipe), directory / "plan", Budget(2, 0), False, lambda *_: None)
     fuse(directory / "plan", directory / "out", threads=2)
     return plan

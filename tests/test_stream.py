@@ -19,9 +19,9 @@ from pyroaring import BitMap
 from safetensors.numpy import save_file
 
 from cpimerge import CheckpointError, stream
-from cpimerge.checkpoint import ITEM_BYTES, OPEN_FILES, TensorInfo, read_header
+from cpimerge.checkpoint import ITEM_BYTES, TensorInfo, read_header
 from cpimerge.kernels.reading import read_runs
-from cpimerge.stream import chunks, decode, encode, row_count, row_length, workers
+from cpimerge.stream import OPEN_FILES, chunks, decode, encode, row_count, row_length, workers
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
@@ -278,7 +278,7 @@ def test_more_sources_than_files_may_be_open(tmp_path: Path) -> None:
 
 def test_a_buffer_holds_the_largest_chunk() -> None:
     """What the kernels are given room for: CHUNK elements of any dtype."""
-    buffers = stream.Buffers(2)
+    buffers = stream.Buffers(2, open_files=1)
     assert buffers.raw.shape == (2, max(ITEM_BYTES.values()) * stream.CHUNK)
     assert buffers.places.size == len(buffers.values) == stream.CHUNK
     assert buffers.serialized.size >= len(BitMap(range(0, stream.CHUNK, 2)).serialize())

@@ -8,9 +8,26 @@ Shapes: n elements of a chunk, C checkpoints, T tasks, V vectors, R rows, P = V�
 order, W = ⌈n/64⌉ words of 64 elements, U open elements.
 
     arrays      types that the kernels share, and how they are compiled
+    reading     many pieces of files in one go
     vectors     loops over explicit vector registers: dot products, sums, comparisons
     floats      stored bits ↔ float32
     scanning    the read of `plan`: everything that one look at a chunk can settle, and what was left open
     bitsets     cores as bits: positions and overlaps
     mixing      the write of `fuse`: the blend
 """
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def _forget_stale_kernels() -> None:
+    """Numba keeps a compiled kernel until its own file changes, also where it calls into a file that has changed."""
+    here = Path(__file__).parent
+    newest = max(source.stat().st_mtime for source in here.glob("*.py"))
+    for compiled in here.glob("__pycache__/*.nb?"):
+        if compiled.stat().st_mtime < newest:
+            compiled.unlink(missing_ok=True)
+
+
+with suppress(OSError):  # an installation that may not be written to has no compiled kernels in it, either
+    _forget_stale_kernels()
