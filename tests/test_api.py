@@ -340,6 +340,16 @@ def test_merge_makes_sure_of_the_disk_before_it_plans(
     assert asked[-1] == needs.plan_bytes + needs.output_bytes
 
 
+def test_estimate_where_nothing_can_be_written(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("cpimerge.probe.tempfile.TemporaryFile", refuse)
+    needs = cpimerge.estimate(models / "recipe.yml", **LIMITS)
+    assert needs.fuse_seconds is None
+    assert needs.plan_seconds is not None
+
+
 # --- limits -----------------------------------------------------------------------------------------
 
 

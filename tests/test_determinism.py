@@ -207,6 +207,14 @@ def test_the_budget_is_kept_where_results_outgrow_what_they_come_from(tmp_path: 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_default_budget_is_kept_with_eight_experts_and_rows_of_three(tmp_path: Path) -> None:
+    """A pool of few elements, whose Gram matrices would take 230 MB at once."""
+    models = many_experts(tmp_path, 8, {"conv.weight": (512, 512, 3, 3)})
+    path = write_recipe(tmp_path / "recipe.yml", **models, parameters={"granularity": "row"})
+    assert peak_of("plan", path, "-o", tmp_path / "plan", threads=2) <= (400 + 2 * 64) * MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_budget_is_kept_where_every_element_is_elected(tmp_path: Path) -> None:
     """Ten experts claim all elements, on four threads: what the conflict rule needs beside the chunks counts."""
     models = many_experts(tmp_path, 10, {"weight": (8, CHUNK)})

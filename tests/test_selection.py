@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpimerge import CheckpointError
 from cpimerge.cores import NOTHING, Threshold
 from cpimerge.selection import (
     LARGEST,
@@ -251,3 +252,13 @@ def test_pick(values: list[int], data: st.DataObject) -> None:
 
 def test_nothing_is_no_magnitude() -> None:
     assert core_of(patterns([0, 1, LARGEST, LARGEST + 1]), NOTHING) == []
+
+
+def test_fewer_than_were_counted_is_an_error() -> None:
+    """An input that changes between two looks must not send the search out of its table."""
+
+    def count(bracket: Bracket, shifts: np.ndarray, bins: int) -> np.ndarray:
+        return np.zeros((1, bins), np.int64)
+
+    with pytest.raises(CheckpointError, match="an input changed during the run"):
+        narrow(everything(1), np.array([5]), np.array([5]), count, enough=0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -353,3 +354,44 @@ def test_elect_sums_in_stage_order_whatever_else_is_contested(tmp_path: Path, ot
     experts = {f"t{n}": {"w": torch.tensor([update, others])} for n, update in enumerate(updates)}
     s = reference.Settings(density=Fraction(1), conflict="elect", space="delta", rest=Fraction(0))
     check_everything(tmp_path, Case(base, experts, base), s)
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors whose chunks are looked at from now on, a name a look."""
+    seen: list[str] = []
+    look = passes.Passes._look
+
+    def watched(self: passes.Passes, spec: preflight.TensorSpec, *rest: Any) -> Any:
+        seen.append(spec.name)
+        return look(self, spec, *rest)
+
+    monkeypatch.setattr(passes.Passes, "_look", watched)
+    return seen
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_everything_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Also where all of a little tensor lies at the threshold, and where many updates are equal."""
+    rng = np.random.default_rng(0)
+    update = rng.normal(size=(600, 1000)).astype(np.float32)
+    threshold = np.sort(np.abs(update).ravel())[-30_000]
+    base = {"l.0.norm": torch.zeros(64), "l.0.w": torch.zeros(600, 1000)}
+    expert = {"l.0.norm": torch.full((64,), float(threshold)), "l.0.w": torch.from_numpy(update)}
+    case = Case(base, {"a": expert}, base)
+    s = reference.Settings(density=Fraction(1, 20), scope="layer", backbone="base")
+    seen = looks(monkeypatch)
+    check_everything(tmp_path, case, s, shared=shared)
+    assert sorted(seen) == ["l.0.norm", "l.0.w", "l.0.w", "l.0.w"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_crowd_of_equal_updates_is_looked_at_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    update = rng.choice(np.array([0, 1, 2, 4], np.float32), size=(600, 1000), p=[0.4, 0.3, 0.2, 0.1])
+    base = {"w": torch.zeros(600, 1000)}
+    case = Case(base, {"a": {"w": torch.from_numpy(update)}}, base)
+    seen = looks(monkeypatch)
+    check_everything(tmp_path, case, reference.Settings(density=Fraction(1, 5)), shared=shared)
+    assert sorted(seen) == ["w"] * 6

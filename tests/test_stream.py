@@ -282,3 +282,11 @@ def test_a_buffer_holds_the_largest_chunk() -> None:
     assert buffers.raw.shape == (2, max(ITEM_BYTES.values()) * stream.CHUNK)
     assert buffers.places.size == len(buffers.values) == stream.CHUNK
     assert buffers.serialized.size >= len(BitMap(range(0, stream.CHUNK, 2)).serialize())
+
+
+def test_all_threads_together_open_less_than_they_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "getrlimit", lambda _: (64, 64))
+    sources = number(tmp_path, 6)
+    with workers(4, 1) as pool:  # four files each
+        handles = [pool.buffers.handles.of(info.file) for info in sources]
+        assert sum(map(is_open, set(handles))) == 4

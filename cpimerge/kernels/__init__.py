@@ -20,9 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def _forget_stale_kernels() -> None:
+def _forget_stale_kernels(here: Path) -> None:
     """Numba keeps a compiled kernel until its own file changes, also where it calls into a file that has changed."""
-    here = Path(__file__).parent
     newest = max(source.stat().st_mtime for source in here.glob("*.py"))
     for compiled in here.glob("__pycache__/*.nb?"):
         if compiled.stat().st_mtime < newest:
@@ -30,4 +29,4 @@ def _forget_stale_kernels() -> None:
 
 
 with suppress(OSError):  # an installation that may not be written to has no compiled kernels in it, either
-    _forget_stale_kernels()
+    _forget_stale_kernels(Path(__file__).parent)
