@@ -187,6 +187,17 @@ def test_the_smallest_budget_is_kept(huge: Path, case: dict[str, Any]) -> None:
     assert_same(huge / "merged", huge / "out")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the limit means something else")
+def test_a_process_that_may_not_allocate_more(huge: Path) -> None:
+    """The default budget as the system's own limit, on all private memory that is mapped, used or not."""
+    path, limit = recipe(huge), (400 + 2 * 64) * MB
+    for arguments in (["plan", path, "-o", huge / "plan"], ["fuse", huge / "plan", "-o", huge / "out"]):
+        command = [sys.executable, "-m", "cpimerge", *map(str, arguments), "--threads", "2", "--quiet"]
+        limited = ["prlimit", f"--data={limit}", *command]
+        environment = os.environ | {"PYTHONPATH": str(Path(cpimerge.__file__).parents[1])}
+        assert subprocess.run(limited, env=environment, check=False).returncode == 0
+
+
 def many_experts(root: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """A base and `count` experts in float16; returns the recipe's keys that name them."""
     generator = torch.Generator().manual_seed(0)
