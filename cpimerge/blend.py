@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import combinations_with_replacement
 
 import numba
@@ -32,7 +33,8 @@ class Fold:
     slerped: npt.NDArray[np.bool_]  # [R, V − 1], False where the step was a lerp
 
 
-def shares(weights: Sequence[Fraction], constant: Sequence[Fraction | None]) -> list[float]:
+@lru_cache(1 << 10)  # most tensors have the same weights
+def shares(weights: tuple[Fraction, ...], constant: tuple[Fraction | None, ...]) -> tuple[float, ...]:
     """ω of each step after the backbone: `constant` where given, else w / (all weights up to it). 0/0 is 0.
 
     Both run over the members in fold order, the backbone first (whose `constant` is not used).
@@ -43,7 +45,7 @@ def shares(weights: Sequence[Fraction], constant: Sequence[Fraction | None]) -> 
         total += weight
         equal = weight / total if total else Fraction(0)
         steps.append(float(equal if t is None else t))
-    return steps
+    return tuple(steps)
 
 
 def fold(gram: npt.NDArray[np.float64], order: Sequence[int], omegas: Sequence[float], scale: float) -> Fold:

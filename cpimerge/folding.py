@@ -116,8 +116,8 @@ class Folder:
         gram_names = self.inputs.names[self.inputs.first_member :]
         order = [gram_names.index(member) for member in self.members]
         tasks = [numbers.get(member) for member in self.members]  # None: a backbone that is no task counts as 1
-        weights = [Fraction(1) if task is None else spec.weight[task] for task in tasks]
-        omegas = shares(weights, [None if task is None else spec.t[task] for task in tasks])
+        weights = tuple(Fraction(1) if task is None else spec.weight[task] for task in tasks)
+        omegas = shares(weights, tuple(None if task is None else spec.t[task] for task in tasks))
         rows = row_count(spec.shape, recipe.granularity)
         for gram in self.grams.read(self.first_row.get(spec.name, 0), rows):
             yield fold(gram, order, omegas, float(recipe.rest))

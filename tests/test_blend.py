@@ -79,4 +79,4 @@ def test_rows_do_not_mix() -> None:
     ],
 )
 def test_shares(weights: list[int], constant: list[Fraction | None], omegas: list[float]) -> None:
-    assert shares([Fraction(w) for w in weights], constant) == omegas
+    assert shares(tuple(Fraction(w) for w in weights), tuple(constant)) == tuple(omegas)

@@ -192,10 +192,11 @@ def test_a_process_that_may_not_allocate_more(huge: Path) -> None:
     """The default budget as the system's own limit, on all private memory that is mapped, used or not."""
     path, limit = recipe(huge), (400 + 2 * 64) * MB
     for arguments in (["plan", path, "-o", huge / "plan"], ["fuse", huge / "plan", "-o", huge / "out"]):
-        command = [sys.executable, "-m", "cpimerge", *map(str, arguments), "--threads", "2", "--quiet"]
-        limited = ["prlimit", f"--data={limit}", *command]
+        limited = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))"
+        code = f"{limited}; from cpimerge.cli import main; main(prog_name='cpimerge')"
+        command = [sys.executable, "-c", code, *map(str, arguments), "--threads", "2", "--quiet"]
         environment = os.environ | {"PYTHONPATH": str(Path(cpimerge.__file__).parents[1])}
-        assert subprocess.run(limited, env=environment, check=False).returncode == 0
+        assert subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 def many_experts(root: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
