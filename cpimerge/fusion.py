@@ -22,7 +22,20 @@ from .errors import CheckpointError, IncompatibleError, PlanError
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan
-from .stream import EXPONENT, Bytes, Chunk, Floats, Progress, Workers, bits_of, chunks, decode, encode, workers
+from .stream import (
+    EXPONENT,
+    Bytes,
+    Chunk,
+    Floats,
+    Progress,
+    Workers,
+    bits_of,
+    chunks,
+    decode,
+    encode,
+    kinds_of,
+    workers,
+)
 from .transplant import Bits, Claim, Stored, transplant
 from .writer import ShardLayout, ShardWriter, shard_layouts, staged_directory
 
@@ -179,12 +192,11 @@ class _Fusion:
     def _blend(self, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Bits:
         """The chunk's blend with the cores over it, as bits of the output dtype."""
         dtype, size = job.tensor.dtype, job.chunk.size
-        kinds = np.array([KINDS[info.dtype] for info in infos], np.int64)
         delta = self.plan.settings.space == "delta"
         mix = Mix(size, min(job.chunk.row, size), self.base, delta, KINDS[dtype])
         out = np.empty(size * ITEM_BYTES[dtype], np.uint8)
         buffers = self.pool.buffers
-        blend(buffers.raw[: len(infos)], kinds, mix, self._coefficients(job), out, buffers.scratch)
+        blend(buffers.raw[: len(infos)], kinds_of(infos), mix, self._coefficients(job), out, buffers.scratch)
         bits = out.view(f"u{ITEM_BYTES[dtype]}")
         claims = [self._claim(task, job, infos, stored) for task in self.plan.order]
         base = Stored(bits_of(stored[self.base], infos[self.base]), infos[self.base].dtype)

@@ -17,12 +17,12 @@ import xxhash
 from .cores import Threshold
 from .kernels import bitsets, scanning
 from .kernels.arrays import WORD, Bits
-from .kernels.floats import KINDS, first_nonfinite
+from .kernels.floats import first_nonfinite
 from .kernels.scanning import Found, Look
 from .preflight import TensorSpec
 from .selection import RUN, Bracket, around, sample_size
 from .shelf import Shelved
-from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode
+from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode, kinds_of
 
 __all__ = ["Block", "Passes", "Scanned", "Settled"]
 
@@ -123,7 +123,7 @@ class Passes:
         """Of every task, in runs of the buffer: uint32 [T, runs · run]."""
         buffers = self.workers.buffers
         out = np.empty((self.tasks, len(starts) * run), np.uint32)
-        raw, kinds = buffers.raw[: len(spec.sources)], _kinds(spec)
+        raw, kinds = buffers.raw[: len(spec.sources)], kinds_of(spec.sources)
         scanning.magnitudes(raw, kinds, np.array(starts, np.int64), run, out, buffers.scratch)
         return out
 
@@ -132,8 +132,7 @@ class Passes:
         result, counts = [], np.zeros((self.tasks, 5), np.int64)
         for chunk in block.chunks:
             stored = self.workers.read(block.spec.sources, chunk)
-            faults: dict[int, int] = {}
-            _note_differences(faults, block.spec, chunk, stored)
+            faults = _differences(block.spec, chunk, stored)
             result.append(Scanned(block.spec, chunk, _digests(stored), not faults, counts, faults=faults))
         return result
 
@@ -174,7 +173,7 @@ class Passes:
             values=buffers.values[:, :checkpoints],
         )
         raw, look = buffers.raw[:checkpoints], self._what(spec, chunk)
-        opened = scanning.scan(raw, _kinds(spec), look, bracket.low, bracket.high, found, buffers.scratch)
+        opened = scanning.scan(raw, kinds_of(spec.sources), look, bracket.low, bracket.high, found, buffers.scratch)
         return found._replace(places=found.places[:opened], values=found.values[:opened]), int(opened)
 
     def _what(self, spec: TensorSpec, chunk: Chunk) -> Look:
@@ -250,10 +249,6 @@ def _detached(found: Found, count: int) -> Found:
     return found._replace(places=found.places[:count].copy(), values=found.values[:count].copy())
 
 
-def _kinds(spec: TensorSpec) -> Counts:
-    return np.array([KINDS[info.dtype] for info in spec.sources], np.int64)
-
-
 def _digests(stored: Sequence[Bytes]) -> list[int]:
     return [xxhash.xxh3_64_intdigest(raw) for raw in stored]
 
@@ -264,9 +259,12 @@ def _spread(elements: int, runs: int) -> list[int]:
     return [int(number * part + (number * GOLDEN % 1.0) * (part - RUN)) for number in range(runs)]
 
 
-def _note_differences(faults: dict[int, int], spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> None:
+def _differences(spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> dict[int, int]:
+    """By checkpoint, the first flat index where it is not the base."""
     base = bits_of(stored[0], spec.sources[0])
+    faults = {}
     for checkpoint, raw in enumerate(stored):
         differing = np.flatnonzero(base != bits_of(raw, spec.sources[0]))
         if differing.size:
-            faults.setdefault(checkpoint, chunk.start + int(differing[0]))
+            faults[checkpoint] = chunk.start + int(differing[0])
+    return faults

@@ -7,7 +7,6 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .kernels.floats import KINDS
 from .kernels.mixing import Mix, blend
 from .passes import Passes
 from .preflight import Inputs, TensorSpec
-from .stream import CHUNK, Chunk, Workers, row_length, workers
+from .stream import CHUNK, Workers, chunks, kinds_of, row_length, workers
 
 __all__ = ["seconds"]
 
@@ -103,21 +102,15 @@ def _plan_piece(inputs: Inputs, pool: Workers, piece: TensorSpec) -> None:
 def _fuse_piece(pool: Workers, piece: TensorSpec) -> None:
     """Reads, hashes, blends; hashes the result, but does not write it."""
     sources = piece.sources[1:] + piece.sources[:1]
-    kinds = np.array([KINDS[info.dtype] for info in sources], np.int64)
     share = np.full((1, len(sources) - 1), 1 / (len(sources) - 1), np.float32)
     digest = hashlib.sha256()
-    for chunk in _chunks(piece.elements):
+    for chunk in chunks(piece.shape, "tensor"):
         for raw in pool.read(sources, chunk):
             xxhash.xxh3_64_intdigest(raw)
         out = np.empty(chunk.size * ITEM_BYTES[piece.dtype], np.uint8)
         mix = Mix(chunk.size, chunk.size, len(sources) - 1, False, KINDS[piece.dtype])
-        blend(pool.buffers.raw[: len(sources)], kinds, mix, share, out, pool.buffers.scratch)
+        blend(pool.buffers.raw[: len(sources)], kinds_of(sources), mix, share, out, pool.buffers.scratch)
         digest.update(out)
-
-
-def _chunks(elements: int) -> Iterator[Chunk]:
-    for start in range(0, elements, CHUNK):
-        yield Chunk(start, min(start + CHUNK, elements), elements)
 
 
 def _disk_rate(target: Path) -> float | None:

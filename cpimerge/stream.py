@@ -114,6 +114,11 @@ def bits_of(raw: Bytes, info: TensorInfo) -> npt.NDArray[np.generic]:
     return raw.view(f"u{info.item_bytes}")
 
 
+def kinds_of(sources: Sequence[TensorInfo]) -> npt.NDArray[np.int64]:
+    """What the kernels call the float dtypes of `sources`: int64 [C]."""
+    return np.array([floats.KINDS[info.dtype] for info in sources], np.int64)
+
+
 class Buffers:
     """One worker's reusable memory, for chunks of up to `count` checkpoints, and the files it has open."""
 

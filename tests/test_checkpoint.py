@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
+from trees import is_open
 
 from cpimerge import CheckpointError, checkpoint
 from cpimerge.checkpoint import Handles, TensorInfo, layer_of, natural_key, open_checkpoint, read_header
@@ -85,14 +86,6 @@ def handles() -> Iterator[Handles]:
     result = Handles(OPEN_FILES)
     yield result
     result.close()
-
-
-def is_open(handle: int) -> bool:
-    try:
-        os.fstat(handle)
-    except OSError:
-        return False
-    return True
 
 
 def read(info: TensorInfo, size: int | None = None, start: int = 0) -> bytes:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroaring import BitMap
 from safetensors.numpy import save_file
+from trees import is_open
 
 from cpimerge import CheckpointError, stream
 from cpimerge.checkpoint import ITEM_BYTES, TensorInfo, read_header
@@ -126,14 +127,6 @@ def number(directory: Path, count: int) -> list[TensorInfo]:
 
 def numbers(found: list[stream.Bytes]) -> list[list[float]]:
     return [raw.view(np.float32).tolist() for raw in found]
-
-
-def is_open(handle: int) -> bool:
-    try:
-        os.fstat(handle)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture

@@ -13,6 +13,12 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}  # how the kernels name the float dtypes
 
 
 @compiled
+def item_bytes(kind: int) -> int:
+    """Bytes of a stored element of `kind`."""
+    return 4 if kind == 2 else 2
+
+
+@compiled
 def decode(raw: Stored, kind: int, out: Bits) -> None:
     """Stored bytes of `kind` (see KINDS) as bit patterns of float32: `out` uint32 [n]. Exact."""
     if kind == 0:

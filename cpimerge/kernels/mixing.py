@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import TILE, Bits, Counts, Floats, Stored, compiled
-from .floats import decode, encode
+from .floats import decode, encode, item_bytes
 from .scanning import Scratch
 
 
@@ -31,14 +31,14 @@ def blend(raw: Stored, kinds: Counts, mix: Mix, coefficients: Floats, out: Store
     `coefficients` float32 [R, V] has a line for each row. With `mix.delta` the base is added last.
     """
     members = coefficients.shape[1]
-    item = 4 if mix.kind == 2 else 2
+    item = item_bytes(mix.kind)
     total = room.magnitude.view(np.float32)
     for begin in range(0, mix.size, TILE):
         end = min(begin + TILE, mix.size)
         count = end - begin
         for c in range(kinds.size):
             if c < members or mix.delta:
-                width = 4 if kinds[c] == 2 else 2
+                width = item_bytes(kinds[c])
                 decode(raw[c, width * begin : width * end], kinds[c], room.values[c, :count])
         place = begin
         while place < end:

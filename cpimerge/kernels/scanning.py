@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
-from .floats import decode
+from .floats import decode, item_bytes
 from .vectors import SUM_LANES, above, at_least, gram, lowest, population, split_sums
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
@@ -74,7 +74,7 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
         count = min(TILE, look.size - begin)
         padded = -(-count // SUM_LANES) * SUM_LANES
         for c in range(kinds.size):
-            width = 4 if kinds[c] == 2 else 2
+            width = item_bytes(kinds[c])
             decode(raw[c, width * begin : width * (begin + count)], kinds[c], room.values[c, :count])
         _half_units(room.values[0, :count], look, room.half)
         room.keep[:] = ALL
@@ -207,11 +207,17 @@ def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, 
     for number in range(starts.size):
         begin = starts[number]
         for c in range(out.shape[0] + 1):
-            width = 4 if kinds[c] == 2 else 2
+            width = item_bytes(kinds[c])
             decode(raw[c, width * begin : width * (begin + run)], kinds[c], base if c == 0 else task)
             if c > 0:
                 place = out[c - 1, number * run : (number + 1) * run]
                 _differ(task.view(np.float32), base.view(np.float32), place.view(np.float32))
+
+
+@compiled
+def _moved(value: np.float32, base: np.float32) -> Any:
+    """The bit pattern of |value − base|."""
+    return np.float32(abs(value - base)).view(np.uint32)
 
 
 @compiled
@@ -223,7 +229,7 @@ def count_bins(values: Floats, low: Bits, high: Bits, shifts: Counts, counts: Co
     outside = counts.shape[1] - 1
     for u in range(values.shape[0]):
         for t in range(low.size):
-            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            m = _moved(values[u, 1 + t], values[u, 0])
             inside = (low[t] <= m) & (m <= high[t])
             counts[t, (np.int64(m) - np.int64(low[t])) >> shifts[t] if inside else outside] += 1
 
@@ -237,7 +243,7 @@ def gather(values: Floats, low: Bits, high: Bits, out: Bits) -> Counts:
     counts = np.zeros(low.size, np.int64)
     for u in range(values.shape[0]):
         for t in range(low.size):
-            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            m = _moved(values[u, 1 + t], values[u, 0])
             out[t, counts[t]] = m  # if it is outside, the next one overwrites it
             counts[t] += (low[t] <= m) & (m <= high[t])
     return counts
@@ -261,7 +267,7 @@ def count_equal(values: Floats, limits: Bits, counts: Counts) -> None:
     """Add to `counts` int64 [T] how many of `values` float32 [U, C] have a magnitude of exactly `limits` uint32 [T]."""
     for u in range(values.shape[0]):
         for t in range(limits.size):
-            m = np.float32(abs(values[u, 1 + t] - values[u, 0])).view(np.uint32)
+            m = _moved(values[u, 1 + t], values[u, 0])
             counts[t] += m == limits[t]
 
 
