@@ -11,6 +11,7 @@ import math
 import os
 import re
 import reprlib
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from .errors import CheckpointError
 __all__ = [
     "Checkpoint",
     "Shard",
-    "TensorInfo",
+    "StoredTensor",
+    "Tensor",
     "collect",
     "is_unicode",
     "layer_of",
@@ -53,14 +55,15 @@ AGAIN = "Download or save it again"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies on disk. `offset` and `nbytes` in bytes, `offset` from the start of `file`."""
+class Tensor(ABC):
+    """One tensor of a checkpoint, readable by byte range: as it is stored, or computed as it is read.
+
+    `dtype` as safetensors spells it: "BF16". `nbytes` are its bytes, row-major and little-endian.
+    """
 
     name: str
-    dtype: str  # as safetensors spells it: "BF16"
+    dtype: str
     shape: tuple[int, ...]
-    file: Path
-    offset: int
     nbytes: int
 
     @property
@@ -75,11 +78,29 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOAT_BYTES
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What a thread that reads it must hold at most beside the buffer it reads into."""
+        return 0
+
+    @abstractmethod
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """Fill `buffer` (writable, contiguous bytes) from the tensor's bytes beginning at byte `start`.
 
-        Raises CheckpointError where the file ends early or cannot be read: it changed since its header was read.
+        Both are whole elements. What is read does not depend on how a tensor is divided into reads, nor on the
+        thread. Raises CheckpointError where a file ends early or cannot be read.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(Tensor):
+    """A tensor whose bytes lie in `file` as they are, from byte `offset` on."""
+
+    file: Path
+    offset: int
+
+    def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
+        """As for every `Tensor`. A file that ends early changed since its header was read."""
         try:
             handle = handles.of(self.file)
             done = 0
@@ -128,7 +149,7 @@ class Shard:
     file: Path
     size: int
     header_xxh3: str
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[StoredTensor, ...]
 
     @property
     def sha256(self) -> str | None:
@@ -146,7 +167,7 @@ class Checkpoint:
 
     path: Path
     shards: tuple[Shard, ...]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
 
     @property
@@ -301,14 +322,14 @@ def _is_metadata(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(is_unicode, (*value.keys(), *value.values()))))
 
 
-def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[str]) -> TensorInfo | None:
-    """One header entry as a TensorInfo; appends what is wrong with it and returns None."""
+def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[str]) -> StoredTensor | None:
+    """One header entry as a StoredTensor; appends what is wrong with it and returns None."""
     fault = _entry_fault(name, entry)
     if fault is not None:
         problems.append(f"{file}: tensor {_shown(name)}: {fault}")
         return None
     begin, end = entry["data_offsets"]
-    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data_start + begin, end - begin)
+    return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, data_start + begin)
 
 
 def _entry_fault(name: str, entry: Any) -> str | None:
@@ -358,7 +379,7 @@ def _shown(value: Any) -> str:
     return brief.repr(value)
 
 
-def _layout_problems(file: Path, infos: Iterable[TensorInfo], data_start: int, size: int) -> Iterator[str]:
+def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int, size: int) -> Iterator[str]:
     """Tensors must fill the data section without holes or overlaps."""
     end = data_start
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):

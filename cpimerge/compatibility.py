@@ -7,7 +7,7 @@ import filecmp
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from .checkpoint import CONFIG, FLOAT_NAMES, REFUSED_BYTES, Checkpoint, TensorInfo
+from .checkpoint import CONFIG, FLOAT_NAMES, REFUSED_BYTES, Checkpoint, Tensor
 
 __all__ = ["differences", "notes", "refused_dtypes"]
 
@@ -92,7 +92,7 @@ def _is_head(name: str) -> bool:
     return name.removesuffix(".weight").rsplit(".", 1)[-1] in HEADS
 
 
-def _fit(expected: TensorInfo, got: TensorInfo) -> bool:
+def _fit(expected: Tensor, got: Tensor) -> bool:
     same_kind = expected.dtype == got.dtype or (expected.is_float and got.is_float)
     refused = {expected.dtype, got.dtype} & REFUSED_BYTES.keys()  # a problem of its own
     return expected.shape == got.shape and bool(same_kind or refused)
@@ -109,7 +109,7 @@ def _mismatch(base: Checkpoint, other: Checkpoint, name: str) -> str:
     return where + "It is no fine-tune of this base as it stands"
 
 
-def _kind(info: TensorInfo) -> str:
+def _kind(info: Tensor) -> str:
     return f"{FLOAT_NAMES.get(info.dtype, info.dtype)} {list(info.shape)}"
 
 

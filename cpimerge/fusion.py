@@ -15,12 +15,13 @@ import xxhash
 
 from .analysis import content_hash
 from .budget import Budget
-from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor
 from .companions import write_companions
 from .cores import CoreReader
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
+from .models import Located, open_model
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan
 from .stream import (
     EXPONENT,
@@ -67,7 +68,7 @@ def open_inputs(plan: Plan) -> dict[str, Checkpoint]:
     changed: list[str] = []
     for planned in plan.inputs:
         try:
-            checkpoint = open_checkpoint(Path(planned.path))
+            checkpoint = open_model(Located(Path(planned.path)), checkpoints.get("base"))
         except CheckpointError as error:
             changed.extend(error.problems)
             continue
@@ -184,12 +185,12 @@ class _Fusion:
         writer.write(view, writer.data_begin + job.offset)
         return _Fused(job, view, digests)
 
-    def _copy(self, job: _Job, info: TensorInfo, raw: Bytes) -> Bits:
+    def _copy(self, job: _Job, info: Tensor, raw: Bytes) -> Bits:
         if info.dtype == job.tensor.dtype:
             return raw.copy()
         return self._finite(job, encode(decode(raw, info.dtype), job.tensor.dtype))
 
-    def _blend(self, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Bits:
+    def _blend(self, job: _Job, infos: Sequence[Tensor], stored: Sequence[Bytes]) -> Bits:
         """The chunk's blend with the cores over it, as bits of the output dtype."""
         dtype, size = job.tensor.dtype, job.chunk.size
         delta = self.plan.settings.space == "delta"
@@ -214,7 +215,7 @@ class _Fusion:
             raise PlanError(f"{COEFFICIENTS_FILE}: has no row {first + job.chunk.rows - 1}. Run `cpimerge plan` again")
         return rows
 
-    def _claim(self, task: str, job: _Job, infos: Sequence[TensorInfo], stored: Sequence[Bytes]) -> Claim:
+    def _claim(self, task: str, job: _Job, infos: Sequence[Tensor], stored: Sequence[Bytes]) -> Claim:
         """The task's core in this chunk, and what the task has stored."""
         place = self.sources.index(task)
         values = Stored(bits_of(stored[place], infos[place]), infos[place].dtype)

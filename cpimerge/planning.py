@@ -22,6 +22,7 @@ from .overlap import Counts, chance, jaccard, stages
 from .passes import Settled
 from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
 from .preflight import Inputs, TensorSpec
+from .references import Reference
 from .shelf import Shelf
 from .stream import Progress, workers
 from .writer import staged_directory
@@ -89,7 +90,7 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
     total = _sum_pairs(findings.values(), len(recipe.tasks))
     order = stages(recipe, total)
     backbone = order[-1][-1] if recipe.backbone == "last" else recipe.backbone
-    backbone = "backbone" if isinstance(backbone, Path) else backbone
+    backbone = "backbone" if isinstance(backbone, Reference) else backbone
     members = [backbone, *(task for stage in order for task in stage if task != backbone)]
     folder = Folder(inputs, files.grams, files.first_row, members)
     blended = [spec for spec in inputs.tensors if _action(spec, findings[spec.name]) == "blend"]

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from .checkpoint import FLOAT_NAMES, Checkpoint, TensorInfo, collect, is_unicode, layer_of, open_checkpoint
+from .checkpoint import FLOAT_NAMES, Checkpoint, Tensor, collect, is_unicode, layer_of
 from .companions import module_weights, unreadable
 from .compatibility import differences, notes, refused_dtypes
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
+from .models import locate, open_model
 from .recipe import Recipe, Setting, Task, matches
+from .references import Reference
 
 __all__ = ["Inputs", "TensorSpec", "check", "pools"]
 
@@ -35,7 +36,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[TensorInfo, ...]
+    sources: tuple[Tensor, ...]
     dtype: str  # of the output, as safetensors spells it
     eligible: bool  # may have cores: floating-point and not excluded
     density: tuple[Fraction, ...]
@@ -109,16 +110,19 @@ def check(recipe: Recipe) -> Inputs:
     Raises RecipeError, CheckpointError or IncompatibleError, listing all problems of all checkpoints at once.
     """
     findings = _Findings()
-    paths = _paths(recipe)
-    opened = {path: _open(path, findings) for path in dict.fromkeys(paths.values())}
-    base = opened[recipe.base]
+    references = _references(recipe)
+    base = _open(recipe.base, None, findings)
+    opened = {recipe.base: base}
+    for reference in references.values():
+        if reference not in opened:
+            opened[reference] = _open(reference, base, findings)
     if base is not None:
         _check_base(base, recipe, findings)
         for other in opened.values():
             if other is not None and other is not base:
                 _compare(base, other, findings)
     findings.raise_any()
-    checkpoints = {name: found for name, path in paths.items() if (found := opened[path]) is not None}
+    checkpoints = {name: found for name, reference in references.items() if (found := opened[reference])}
     tensors = tuple(_specs(recipe, checkpoints))
     findings.recipe.extend(_budget_problems(recipe, tensors))
     findings.recipe.extend(_weight_problems(recipe, tensors))
@@ -126,18 +130,21 @@ def check(recipe: Recipe) -> Inputs:
     return Inputs(recipe, tuple(checkpoints), tuple(checkpoints.values()), tensors, tuple(findings.notes))
 
 
-def _paths(recipe: Recipe) -> dict[str, Path]:
-    """Name -> directory of every checkpoint, in the order of `Inputs.checkpoints`."""
-    paths = {"base": recipe.base} | {task.name: task.path for task in recipe.tasks}
-    return paths | ({"backbone": recipe.backbone} if isinstance(recipe.backbone, Path) else {})
+def _references(recipe: Recipe) -> dict[str, Reference]:
+    """Name -> reference of every checkpoint, in the order of `Inputs.checkpoints`."""
+    references = {"base": recipe.base} | {task.name: task.model for task in recipe.tasks}
+    return references | ({"backbone": recipe.backbone} if isinstance(recipe.backbone, Reference) else {})
 
 
-def _open(path: Path, findings: _Findings) -> Checkpoint | None:
-    if not is_unicode(str(path)):
-        findings.checkpoints.append(f"{str(path)!r}: is not Unicode, so the plan cannot name it. Rename the directory")
-        return None
+def _open(reference: Reference, base: Checkpoint | None, findings: _Findings) -> Checkpoint | None:
     try:
-        checkpoint = open_checkpoint(path)
+        located = locate(reference)
+        for path in filter(None, (located.path, located.adapter)):
+            if not is_unicode(str(path)):
+                raise CheckpointError(
+                    f"{str(path)!r}: is not Unicode, so the plan cannot name it. Rename the directory"
+                )
+        checkpoint = open_model(located, base)
     except CheckpointError as error:
         findings.checkpoints.extend(error.problems)
         return None
@@ -259,7 +266,7 @@ def _density_place(recipe: Recipe, number: int) -> tuple[str, int]:
 
 def _weight_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[str]:
     """Equal shares of nothing: all weights 0, with a backbone that is a task."""
-    backbone_weighs = recipe.backbone == "base" or isinstance(recipe.backbone, Path)
+    backbone_weighs = recipe.backbone == "base" or isinstance(recipe.backbone, Reference)
     weightless = [spec.name for spec in tensors if spec.is_float and not any(spec.weight)]
     if not weightless or backbone_weighs:
         return

@@ -29,11 +29,11 @@ from .recipe_schema import (
     Scope,
     Seeded,
     Space,
-    absolute,
     check_together,
     key_hint,
     task_name,
 )
+from .references import Reference, parse_reference
 from .yamltree import Tree, Unreadable, Where, check, key_text, read_tree
 
 __all__ = ["Exclude", "Recipe", "Rule", "Setting", "Task", "load_recipe", "matches", "parse_recipe"]
@@ -82,10 +82,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """One expert: its name (usable as a file name), its absolute directory, and its own settings, if any."""
+    """One expert: its name (usable as a file name), its checkpoint or adapter, and its own settings, if any."""
 
     name: str
-    path: Path
+    model: Reference
     line: int
     density: Setting | None = None
     weight: Setting | None = None
@@ -102,16 +102,16 @@ class Exclude:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A valid recipe. All paths are absolute; none of them need exist.
+    """A valid recipe. Nothing that it refers to need exist.
 
     `order` is "recipe" or the seed of a random order. `stages` holds task names; None: the overlaps decide.
-    `backbone` is "last", "base", a task's name (all str), or another checkpoint's directory (Path).
+    `backbone` is "last", "base", a task's name (all str), or another checkpoint (Reference).
     `dtype` is the output's; None keeps each tensor's. `lines` has the line of every key: `parameters.rest`.
     `text` is the YAML as written.
     """
 
     file: Path | None
-    base: Path
+    base: Reference
     tasks: tuple[Task, ...]
     density: Setting | None = None
     weight: Setting | None = None
@@ -120,7 +120,7 @@ class Recipe:
     tau: Fraction = Fraction(1, 10)
     order: Literal["recipe"] | int = "recipe"
     stages: tuple[tuple[str, ...], ...] | None = None
-    backbone: str | Path = "last"
+    backbone: str | Reference = "last"
     conflict: Conflict = "last"
     space: Space = "weights"
     rest: Fraction = Fraction(1)
@@ -198,11 +198,11 @@ def _build(document: Document, tree: Tree, directory: Path, *, file: Path | None
     is_name = backbone in (*BACKBONE_WORDS, *(task.name for task in tasks))
     return Recipe(
         file=file,
-        base=absolute(directory, document.base_model),
+        base=parse_reference(document.base_model, directory),
         tasks=tasks,
         order=shared.order.seed if isinstance(shared.order, Seeded) else "recipe",
         stages=tuple(tuple(stage) for stage in shared.stages) if shared.stages else None,
-        backbone=backbone if is_name else absolute(directory, backbone),
+        backbone=backbone if is_name else parse_reference(backbone, directory),
         exclude=tuple(
             Exclude(filter, tree.lines["parameters", "exclude", index])
             for index, filter in enumerate(shared.exclude or ())
@@ -219,7 +219,7 @@ def _task(document: Document, tree: Tree, index: int, directory: Path) -> Task:
     model, where = document.models[index], ("models", index)
     return Task(
         name=task_name(tree, index, directory),
-        path=absolute(directory, model.model),
+        model=parse_reference(model.model, directory),
         line=tree.lines[where],
         **_settings_of(model.parameters, tree, (*where, "parameters")),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, Tag
 
+from .references import parse_reference
 from .yamltree import (
     Problem,
     Some,
@@ -232,7 +232,7 @@ def task_name(tree: Tree, model: int, directory: Path) -> str:
     if ("models", model, "name") in tree.lines:
         return _text_at(tree, "models", model, "name")
     path = _text_at(tree, "models", model, "model")
-    return absolute(directory, path).name if path else ""
+    return parse_reference(path, directory).name if path else ""
 
 
 def _check_names(tree: Tree, names: list[str]) -> Iterator[Problem]:
@@ -293,7 +293,7 @@ def _check_backbone(tree: Tree, names: list[str], directory: Path) -> Iterator[P
         return
     paths = {name: _text_at(tree, "models", model, "model") for model, name in enumerate(names)}
     for name, path in ({"base": _text_at(tree, "base_model")} | paths).items():
-        if path and absolute(directory, path) == absolute(directory, text):
+        if path and parse_reference(path, directory) == parse_reference(text, directory):
             yield tree.problem(where, f"is the directory of {name!r}; write backbone: {name}")
             return
 
@@ -333,8 +333,3 @@ def _check_reach(tree: Tree, where: Where) -> Iterator[Problem]:
             text = f"never applies, as the entry in line {line} matches every tensor; put that one last"
             yield tree.problem((*where, index + 1), text)
             return
-
-
-def absolute(directory: Path, text: str) -> Path:
-    """A path as written → absolute and normalised, symbolic links kept; it need not exist."""
-    return Path(os.path.abspath(directory / os.path.expanduser(text)))

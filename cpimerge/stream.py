@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import ITEM_BYTES, Handles, TensorInfo
+from .checkpoint import ITEM_BYTES, Handles, StoredTensor, Tensor
 from .kernels import bitsets, floats
 from .kernels.reading import read_runs
 from .kernels.scanning import Scratch, scratch
@@ -109,12 +109,12 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
     return stored.view(f"u{item}")
 
 
-def bits_of(raw: Bytes, info: TensorInfo) -> npt.NDArray[np.generic]:
+def bits_of(raw: Bytes, info: Tensor) -> npt.NDArray[np.generic]:
     """Raw bytes as unsigned integers of the tensor's item size."""
     return raw.view(f"u{info.item_bytes}")
 
 
-def kinds_of(sources: Sequence[TensorInfo]) -> npt.NDArray[np.int64]:
+def kinds_of(sources: Sequence[Tensor]) -> npt.NDArray[np.int64]:
     """What the kernels call the float dtypes of `sources`: int64 [C]."""
     return np.array([floats.KINDS[info.dtype] for info in sources], np.int64)
 
@@ -151,28 +151,22 @@ class Workers:
         buffers: Buffers = self._local.buffers
         return buffers
 
-    def read(self, sources: Sequence[TensorInfo], chunk: Chunk) -> list[Bytes]:
+    def read(self, sources: Sequence[Tensor], chunk: Chunk) -> list[Bytes]:
         """The chunk's bytes from each of `sources`, in the calling thread's buffers; once, if asked for again."""
         if self.buffers.holds != (chunk, sources):
             self.read_runs(sources, [chunk.start], chunk.size)
             self.buffers.holds = (chunk, sources)
         return [raw[: chunk.size * info.item_bytes] for info, raw in zip(sources, self.buffers.raw, strict=False)]
 
-    def read_runs(self, sources: Sequence[TensorInfo], starts: Sequence[int], run: int) -> None:
+    def read_runs(self, sources: Sequence[Tensor], starts: Sequence[int], run: int) -> None:
         """Elements [start, start + run) of each of `sources`, one run after the other, into the thread's `raw`.
 
-        Raises CheckpointError as `TensorInfo.read_into` does.
+        Raises CheckpointError as `Tensor.read_into` does.
         """
         buffers = self.buffers
         buffers.holds = None
-        try:
-            files = np.array(buffers.handles.all([info.file for info in sources]), np.int64)
-        except OSError:
-            files = np.full(len(sources), -1)
-        offsets, items = (
-            np.array([getattr(info, key) for info in sources], np.int64) for key in ("offset", "item_bytes")
-        )
-        if not read_runs(files, offsets, items, np.array(starts, np.int64), run, buffers.raw):
+        stored = [info for info in sources if isinstance(info, StoredTensor)]
+        if len(stored) < len(sources) or not _read_fast(stored, starts, run, buffers):
             _read_slowly(sources, starts, run, buffers)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
@@ -196,8 +190,18 @@ class Workers:
             buffers.handles.close()
 
 
-def _read_slowly(sources: Sequence[TensorInfo], starts: Sequence[int], run: int, buffers: Buffers) -> None:
-    """As `read_runs`, but says what is wrong."""
+def _read_fast(sources: Sequence[StoredTensor], starts: Sequence[int], run: int, buffers: Buffers) -> bool:
+    """Without the interpreter between the runs. False where something could not be read."""
+    try:
+        files = np.array(buffers.handles.all([info.file for info in sources]), np.int64)
+    except OSError:
+        return False
+    offsets, items = (np.array([getattr(info, key) for info in sources], np.int64) for key in ("offset", "item_bytes"))
+    return bool(read_runs(files, offsets, items, np.array(starts, np.int64), run, buffers.raw))
+
+
+def _read_slowly(sources: Sequence[Tensor], starts: Sequence[int], run: int, buffers: Buffers) -> None:
+    """Of tensors of any kind; says what is wrong."""
     for info, buffer in zip(sources, buffers.raw, strict=False):
         view, size = memoryview(buffer), run * info.item_bytes
         for number, start in enumerate(starts):

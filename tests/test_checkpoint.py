@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from trees import is_open
 
 from cpimerge import CheckpointError, checkpoint
-from cpimerge.checkpoint import Handles, TensorInfo, layer_of, natural_key, open_checkpoint, read_header
+from cpimerge.checkpoint import Handles, Tensor, layer_of, natural_key, open_checkpoint, read_header
 from cpimerge.stream import OPEN_FILES
 
 # --- names ------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def handles() -> Iterator[Handles]:
     result.close()
 
 
-def read(info: TensorInfo, size: int | None = None, start: int = 0) -> bytes:
+def read(info: Tensor, size: int | None = None, start: int = 0) -> bytes:
     """Bytes of a tensor, through a handle of its own."""
     buffer, handles = bytearray(info.nbytes if size is None else size), Handles(OPEN_FILES)
     try:
@@ -119,7 +119,7 @@ def test_headers_are_read_as_safetensors_reads_them(
                 check_bytes(info, stored_bytes(expected.get_tensor(name)), data)
 
 
-def check_bytes(info: TensorInfo, expected: bytes, data: st.DataObject) -> None:
+def check_bytes(info: Tensor, expected: bytes, data: st.DataObject) -> None:
     """Any part of a tensor can be read, in however many calls the system wants."""
     assert (info.nbytes, info.elements * info.item_bytes) == (len(expected), len(expected))
     start = data.draw(st.integers(0, len(expected)))

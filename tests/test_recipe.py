@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cpimerge.errors import RecipeError
 from cpimerge.recipe import Exclude, Recipe, Rule, Setting, Task, load_recipe, matches, parse_recipe
+from cpimerge.references import Place, Reference
 from cpimerge.yamltree import as_number
 
 DIRECTORY = Path("/recipes")
@@ -51,6 +52,10 @@ dtype: bfloat16
 """
 
 
+def directory(path: str) -> Reference:
+    return Reference(Place(Path(path)))
+
+
 def parse(text: str) -> Recipe:
     return parse_recipe(text, Path("recipe.yml"), DIRECTORY)
 
@@ -75,17 +80,17 @@ def test_every_key() -> None:
     recipe = parse(FULL)
     assert dataclasses.replace(recipe, lines={}) == Recipe(
         file=Path("recipe.yml"),
-        base=Path("/recipes/base"),
+        base=directory("/recipes/base"),
         tasks=(
             Task(
                 name="arithmetic",
-                path=Path("/recipes/math"),
+                model=directory("/recipes/math"),
                 line=4,
                 density=constant("density", Fraction(1, 50), 6),
                 weight=constant("weight", 2, 6),
                 t=None,
             ),
-            Task("code", Path("/elsewhere/code"), 7, None, None, None),
+            Task("code", directory("/elsewhere/code"), 7, None, None, None),
         ),
         density=constant("density", Fraction(29, 100), 9),
         weight=None,
@@ -94,7 +99,7 @@ def test_every_key() -> None:
         tau=Fraction(1, 4),
         order="recipe",
         stages=(("code",), ("arithmetic",)),
-        backbone=Path("/other/run"),
+        backbone=directory("/other/run"),
         conflict="elect",
         space="delta",
         rest=Fraction(1, 2),
@@ -153,22 +158,22 @@ def test_the_longest_number() -> None:
         ("last", "last"),
         ("base", "base"),
         ("math", "math"),
-        ("./last", Path("/recipes/last")),
-        (".hidden", Path("/recipes/.hidden")),
-        ("org/name", Path("/recipes/org/name")),
-        ("/a/../b", Path("/b")),
+        ("./last", directory("/recipes/last")),
+        (".hidden", directory("/recipes/.hidden")),
+        ("org/name", directory("/recipes/org/name")),
+        ("/a/../b", directory("/b")),
     ],
 )
-def test_backbone(written: str, meant: str | Path) -> None:
+def test_backbone(written: str, meant: str | Reference) -> None:
     assert parse(HEAD + f"parameters: {{backbone: {written}}}").backbone == meant
 
 
 def test_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = parse("merge_method: cpi\nbase_model: ~/base\nmodels: [{model: ~}]\nparameters: {backbone: ~/x}")
-    assert recipe.base == Path("/home/someone/base")
-    assert recipe.tasks[0] == Task("someone", Path("/home/someone"), 3)
-    assert recipe.backbone == Path("/home/someone/x")
+    assert recipe.base.model.path == Path("/home/someone/base")
+    assert recipe.tasks[0] == Task("someone", directory("/home/someone"), 3)
+    assert recipe.backbone == directory("/home/someone/x")
 
 
 @pytest.mark.parametrize("name", ["on", "no", "123", "1e3", "0x10", "1:30", "null", "true", ".5", "2024-1-1", "é"])
@@ -177,9 +182,9 @@ def test_text_is_what_was_written(name: str) -> None:
         f"merge_method: cpi\nbase_model: {name}\nmodels: [{{model: x, name: {name}}}, {{model: {name}2}}]\n"
         f"parameters: {{exclude: [{name}], stages: [[{name}, {name}2]], backbone: {name}}}"
     )
-    assert recipe.base == DIRECTORY / name
+    assert recipe.base.model.path == DIRECTORY / name
     assert [task.name for task in recipe.tasks] == [name, f"{name}2"]
-    assert recipe.tasks[1].path == DIRECTORY / f"{name}2"
+    assert recipe.tasks[1].model.model.path == DIRECTORY / f"{name}2"
     assert recipe.stages == ((name, f"{name}2"),)
     assert recipe.exclude == (Exclude(name, 4),)
     assert recipe.backbone == name
@@ -187,14 +192,17 @@ def test_text_is_what_was_written(name: str) -> None:
 
 def test_one_directory_may_serve_two_tasks() -> None:
     recipe = parse("merge_method: cpi\nbase_model: b\nmodels: [{model: x, name: one}, {model: x, name: two}]")
-    assert {task.name: task.path for task in recipe.tasks} == {"one": DIRECTORY / "x", "two": DIRECTORY / "x"}
+    assert {task.name: task.model.model.path for task in recipe.tasks} == {
+        "one": DIRECTORY / "x",
+        "two": DIRECTORY / "x",
+    }
 
 
 def test_symlinks_are_kept(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     recipe = parse_recipe("merge_method: cpi\nbase_model: link\nmodels: [{model: ./link}]", None, tmp_path)
-    assert recipe.base == tmp_path / "link"
+    assert recipe.base.model.path == tmp_path / "link"
     assert recipe.tasks[0].name == "link"
 
 
@@ -204,15 +212,15 @@ def test_a_file_with_byte_order_mark_is_relative_to_its_directory(tmp_path: Path
     path.write_bytes(b"\xef\xbb\xbf" + HEAD.replace("./base", "../base").encode())
     recipe = load_recipe(str(path))
     assert recipe.file == path
-    assert recipe.base == tmp_path / "base"
-    assert recipe.tasks[0].path == tmp_path / "sub" / "math"
+    assert recipe.base.model.path == tmp_path / "base"
+    assert recipe.tasks[0].model.model.path == tmp_path / "sub" / "math"
 
 
 def test_a_relative_recipe_gives_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.yml").write_text(HEAD)
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("r.yml")
-    assert recipe.base == tmp_path / "base"
+    assert recipe.base.model.path == tmp_path / "base"
     assert recipe.file == Path("r.yml")
 
 

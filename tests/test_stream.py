@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from trees import is_open
 
 from cpimerge import CheckpointError, stream
-from cpimerge.checkpoint import ITEM_BYTES, TensorInfo, read_header
+from cpimerge.checkpoint import ITEM_BYTES, StoredTensor, read_header
 from cpimerge.kernels.reading import read_runs
 from cpimerge.stream import OPEN_FILES, chunks, decode, encode, row_count, row_length, workers
 
@@ -114,13 +114,13 @@ def test_map_raises_what_a_worker_raised() -> None:
 WHOLE = stream.Chunk(0, 10, 10)
 
 
-def tensor(file: Path, values: np.ndarray) -> TensorInfo:
+def tensor(file: Path, values: np.ndarray) -> StoredTensor:
     """A tensor that does not begin where the file's data begins."""
     save_file({"w": values, "a": np.zeros(3, values.dtype)}, file)
     return next(info for info in read_header(file).tensors if info.name == "w")
 
 
-def number(directory: Path, count: int) -> list[TensorInfo]:
+def number(directory: Path, count: int) -> list[StoredTensor]:
     """So many files; the tensor of each says its number."""
     return [tensor(directory / str(i), np.full(4, i, np.float32)) for i in range(count)]
 
@@ -135,11 +135,11 @@ def data() -> list[np.ndarray]:
 
 
 @pytest.fixture
-def infos(tmp_path: Path, data: list[np.ndarray]) -> list[TensorInfo]:
+def infos(tmp_path: Path, data: list[np.ndarray]) -> list[StoredTensor]:
     return [tensor(tmp_path / f"{i}.safetensors", values) for i, values in enumerate(data)]
 
 
-def test_read_brings_each_sources_bytes(data: list[np.ndarray], infos: list[TensorInfo]) -> None:
+def test_read_brings_each_sources_bytes(data: list[np.ndarray], infos: list[StoredTensor]) -> None:
     with workers(1, 4) as pool:  # room for more than there are
         for start, stop in ((3, 7), (0, 10), (9, 10), (3, 7)):
             found = pool.read(infos, stream.Chunk(start, stop, 10))
@@ -149,7 +149,7 @@ def test_read_brings_each_sources_bytes(data: list[np.ndarray], infos: list[Tens
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_read_runs_lays_them_end_to_end(data: list[np.ndarray], infos: list[TensorInfo], fast: bool) -> None:
+def test_read_runs_lays_them_end_to_end(data: list[np.ndarray], infos: list[StoredTensor], fast: bool) -> None:
     """Also where the kernel gives up."""
     starts, run = [7, 0, 0, 4], 3
     reading = mock.patch.object(stream, "read_runs", read_runs if fast else lambda *_: False)
@@ -160,10 +160,10 @@ def test_read_runs_lays_them_end_to_end(data: list[np.ndarray], infos: list[Tens
             assert raw[: len(wanted)].tobytes() == wanted
 
 
-def test_a_chunk_that_is_asked_for_again_is_read_once(infos: list[TensorInfo]) -> None:
+def test_a_chunk_that_is_asked_for_again_is_read_once(infos: list[StoredTensor]) -> None:
     with workers(1, 3) as pool, mock.patch.object(stream, "read_runs", side_effect=read_runs) as reading:
 
-        def reads(sources: list[TensorInfo], chunk: stream.Chunk) -> int:
+        def reads(sources: list[StoredTensor], chunk: stream.Chunk) -> int:
             before = reading.call_count
             assert len(pool.read(sources, chunk)) == len(sources)
             return reading.call_count - before
@@ -182,7 +182,7 @@ def test_each_thread_reads_for_itself(tmp_path: Path) -> None:
     sources = number(tmp_path, 2)
     meet = threading.Barrier(2, timeout=60)
 
-    def work(info: TensorInfo) -> list[list[float]]:
+    def work(info: StoredTensor) -> list[list[float]]:
         found = pool.read([info], stream.Chunk(0, 4, 4))
         meet.wait()  # both have read
         return numbers(found)
@@ -200,7 +200,7 @@ def test_each_thread_reads_for_itself(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_file_that_changes_during_the_run(
-    infos: list[TensorInfo], spoil: Callable[[Path], None], fault: str, which: int
+    infos: list[StoredTensor], spoil: Callable[[Path], None], fault: str, which: int
 ) -> None:
     file = infos[which].file
     spoil(file)
@@ -214,7 +214,7 @@ def test_a_file_that_changes_during_the_run(
             pool.read_runs(infos, [0, 7], 3)
 
 
-def test_a_file_cut_short_after_it_was_opened(infos: list[TensorInfo]) -> None:
+def test_a_file_cut_short_after_it_was_opened(infos: list[StoredTensor]) -> None:
     with workers(1, 3) as pool:
         pool.read(infos, WHOLE)
         os.truncate(infos[1].file, infos[1].file.stat().st_size - 3)
@@ -223,8 +223,8 @@ def test_a_file_cut_short_after_it_was_opened(infos: list[TensorInfo]) -> None:
             pool.read(infos, WHOLE)
 
 
-def test_files_stay_open_until_the_workers_end(infos: list[TensorInfo]) -> None:
-    def work(info: TensorInfo) -> int:
+def test_files_stay_open_until_the_workers_end(infos: list[StoredTensor]) -> None:
+    def work(info: StoredTensor) -> int:
         pool.read([info], WHOLE)
         with mock.patch.object(os, "open", side_effect=AssertionError):
             return pool.buffers.handles.of(info.file)
@@ -236,10 +236,10 @@ def test_files_stay_open_until_the_workers_end(infos: list[TensorInfo]) -> None:
     assert not any(map(is_open, handles))
 
 
-def test_files_are_closed_where_a_worker_failed(infos: list[TensorInfo]) -> None:
+def test_files_are_closed_where_a_worker_failed(infos: list[StoredTensor]) -> None:
     handles = []
 
-    def work(pool: stream.Workers, info: TensorInfo) -> None:
+    def work(pool: stream.Workers, info: StoredTensor) -> None:
         handles.append(pool.buffers.handles.of(info.file))
         assert is_open(handles[0])
         raise ZeroDivisionError

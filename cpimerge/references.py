@@ -1,0 +1,61 @@
+"""What a recipe may call a model: a directory, a model on the Hub, an adapter, or an adapter on a model."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["HubModel", "Place", "Reference", "parse_reference"]
+
+# `org/name`, perhaps `@revision`. What begins with a dot, a slash or a tilde is a path.
+HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hugging Face Hub: `org/name`, at a branch, tag or commit; None: the default branch."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint or an adapter is: the directory `path`, or, where there is none, a model on the Hub."""
+
+    path: Path  # absolute and normalised, symbolic links kept; it need not exist
+    hub: HubModel | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model as a recipe names it: a checkpoint, or an adapter on one (`base+adapter`, as mergekit writes it).
+
+    `model` may also be the directory of an adapter alone, which then lies on the recipe's base.
+    """
+
+    model: Place
+    adapter: Place | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of its name: what to call it where nobody says."""
+        place = self.adapter or self.model
+        return place.path.name if place.hub is None else place.hub.name.rpartition("/")[2]
+
+
+def parse_reference(text: str, directory: Path) -> Reference:
+    """A reference as written in a recipe whose relative paths are relative to `directory`."""
+    model, _, adapter = text.partition("+")
+    return Reference(_place(model, directory), _place(adapter, directory) if adapter else None)
+
+
+def _place(text: str, directory: Path) -> Place:
+    found = HUB_NAME.fullmatch(text)
+    hub = HubModel(found["name"], found["revision"]) if found else None
+    return Place(Path(os.path.abspath(directory / os.path.expanduser(text))), hub)
