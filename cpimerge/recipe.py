@@ -29,6 +29,7 @@ from .recipe_schema import (
     Scope,
     Seeded,
     Space,
+    Vocabulary,
     check_together,
     key_hint,
     task_name,
@@ -106,8 +107,8 @@ class Recipe:
 
     `order` is "recipe" or the seed of a random order. `stages` holds task names; None: the overlaps decide.
     `backbone` is "last", "base", a task's name (all str), or another checkpoint (Reference).
-    `dtype` is the output's; None keeps each tensor's. `lines` has the line of every key: `parameters.rest`.
-    `text` is the YAML as written.
+    `dtype` is the output's; None keeps each tensor's. `vocabulary` is the output's; None: all models must have one.
+    `lines` has the line of every key: `parameters.rest`. `text` is the YAML as written.
     """
 
     file: Path | None
@@ -127,6 +128,7 @@ class Recipe:
     granularity: Granularity = "tensor"
     exclude: tuple[Exclude, ...] = ()
     dtype: Dtype | None = None
+    vocabulary: Vocabulary | None = None
     lines: Mapping[str, int] = field(default_factory=dict, hash=False, repr=False)
     text: str = field(default="", repr=False)
 
@@ -208,6 +210,7 @@ def _build(document: Document, tree: Tree, directory: Path, *, file: Path | None
             for index, filter in enumerate(shared.exclude or ())
         ),
         dtype=document.dtype,
+        vocabulary=document.vocabulary,
         lines={key_text(where): line for where, line in tree.lines.items() if where},
         text=text,
         **_settings_of(shared, tree, ("parameters",)),

@@ -32,6 +32,7 @@ Conflict = Literal["last", "first", "largest", "mean", "elect"]
 Space = Literal["weights", "delta"]
 Granularity = Literal["tensor", "row"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Vocabulary = Literal["base", "union"]
 
 BACKBONE_WORDS = ("base", "last")
 RESERVED_NAMES = (*BACKBONE_WORDS, "backbone")  # "backbone": how the plan calls one that is given by path
@@ -139,6 +140,7 @@ class Document(_Strict):
     models: Some[_Model]
     parameters: _Shared = _Shared()
     dtype: Annotated[Dtype, choice(Dtype, DTYPE_HINTS)] | None = None
+    vocabulary: Annotated[Vocabulary, choice(Vocabulary)] | None = None
 
 
 # What to do about a key that is missing or does not belong where it is.

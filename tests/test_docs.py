@@ -26,6 +26,7 @@ from cpimerge.recipe_schema import (
     Scope,
     Seeded,
     Space,
+    Vocabulary,
     _DensityRule,
     _Model,
     _Shared,
@@ -37,7 +38,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = "Three minutes with a recipe"
 DEMO = "cpimerge demo --output demo"
 BY_HAND = Path("demo/by-hand.yml")
-CHOICES = {"scope": Scope, "conflict": Conflict, "space": Space, "granularity": Granularity, "dtype": Dtype}
+CHOICES = {
+    "scope": Scope,
+    "conflict": Conflict,
+    "space": Space,
+    "granularity": Granularity,
+    "dtype": Dtype,
+    "vocabulary": Vocabulary,
+}
 SHORT = Effort(
     shape=Shape(hidden=16, layers=2, heads=2, intermediate=24),
     base=Schedule(steps=3, rate=3e-3, warmup=1, tokens=400),

@@ -49,6 +49,7 @@ parameters:
   granularity: row
   exclude: ["*.bias", norm]
 dtype: bfloat16
+vocabulary: union
 """
 
 
@@ -106,6 +107,7 @@ def test_every_key() -> None:
         granularity="row",
         exclude=(Exclude("*.bias", 18), Exclude("norm", 18)),
         dtype="bfloat16",
+        vocabulary="union",
         lines={},
         text=FULL,
     )
@@ -117,7 +119,7 @@ def test_defaults_are_those_of_the_method() -> None:
     assert [task.name for task in recipe.tasks] == ["math", "code"]
     assert (recipe.scope, recipe.order, recipe.stages) == ("tensor", "recipe", None)
     assert (recipe.backbone, recipe.conflict, recipe.space) == ("last", "last", "weights")
-    assert (recipe.granularity, recipe.exclude, recipe.dtype) == ("tensor", (), None)
+    assert (recipe.granularity, recipe.exclude, recipe.dtype, recipe.vocabulary) == ("tensor", (), None, None)
     assert (recipe.tau, recipe.rest) == (Fraction(1, 10), Fraction(1))
     assert recipe.density_of(task, "w", Fraction(0)) == Fraction(1, 100)
     assert recipe.weight_of(task, "w", Fraction(0)) == 1
@@ -408,7 +410,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown key with nothing near": (
         HEAD + "zzz: 1",
-        ["6: zzz: unknown key; valid keys: merge_method, base_model, models, parameters, dtype"],
+        ["6: zzz: unknown key; valid keys: merge_method, base_model, models, parameters, dtype, vocabulary"],
     ),
     "unknown parameter": (
         shared("densty: 0.1"),
@@ -435,7 +437,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "odd unknown key": (
         HEAD + '"a.b\\n": 1',
-        ["6: 'a.b\\n': unknown key; valid keys: merge_method, base_model, models, parameters, dtype"],
+        ["6: 'a.b\\n': unknown key; valid keys: merge_method, base_model, models, parameters, dtype, vocabulary"],
     ),
     "key named as an inner tag": (
         shared("t: 1\n  <list>: 2"),
@@ -643,6 +645,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "unknown granularity": (
         shared("granularity: rows"),
         ["7: parameters.granularity: unknown value 'rows'; did you mean 'row'?"],
+    ),
+    "unknown vocabulary": (
+        HEAD + "vocabulary: all",
+        ["6: vocabulary: unknown value 'all'; valid values: base, union"],
     ),
     "bf16": (HEAD + "dtype: bf16", ["6: dtype: unknown value 'bf16'; did you mean 'bfloat16'?"]),
     "fp16": (HEAD + "dtype: fp16", ["6: dtype: unknown value 'fp16'; did you mean 'float16'?"]),
