@@ -12,7 +12,6 @@ import os
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ __all__ = [
     "is_unicode",
     "layer_of",
     "natural_key",
-    "open_checkpoint",
     "read_header",
 ]
 
@@ -160,15 +158,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with a model's weights as safetensors.
+    """A directory with a model's weights as safetensors, perhaps with an adapter on it.
 
     `tensors` are in natural-sorted order of their names. `config` is config.json, empty where there is none.
+    `adapter` is the directory of the adapter; `shards` holds its file too, then.
     """
 
     path: Path
     shards: tuple[Shard, ...]
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    adapter: Path | None = None
+
+    @property
+    def where(self) -> Path:
+        """The directory that messages name: the adapter's, where there is one."""
+        return self.adapter or self.path
 
     @property
     def nbytes(self) -> int:
@@ -197,29 +202,6 @@ def layer_of(name: str) -> str:
     return ""
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read every header of the checkpoint in `path`. Raises CheckpointError listing all that is wrong with it."""
-    problems: list[str] = []
-    shards: list[Shard] = []
-    weight_map: dict[str, str] = {}
-    with collect(path, problems):
-        has_config = (path / CONFIG).is_file()
-        with collect(path / INDEX, problems):
-            weight_map = _weight_map(path, problems)
-            for file in _files(path, weight_map, problems):
-                with collect(file, problems):
-                    shards.append(read_header(file))
-        config = _json_object(path / CONFIG) if has_config else {}
-    if weight_map and not problems:
-        problems.extend(_index_problems(path / INDEX, weight_map, shards))
-    if not problems and not any(shard.tensors for shard in shards):
-        problems.append(f"{path}: holds no tensors. Give the directory of a whole checkpoint")
-    if problems:
-        raise CheckpointError(problems)
-    infos = sorted((info for shard in shards for info in shard.tensors), key=lambda info: natural_key(info.name))
-    return Checkpoint(path, tuple(shards), {info.name: info for info in infos}, config)
-
-
 @contextmanager
 def collect(path: Path, problems: list[str]) -> Iterator[None]:
     """Errors of the block become problems, so that the search for others goes on."""
@@ -229,68 +211,6 @@ def collect(path: Path, problems: list[str]) -> Iterator[None]:
         problems.extend(error.problems)
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}")
-
-
-def _weight_map(path: Path, problems: list[str]) -> dict[str, str]:
-    """The index's tensor name -> shard name; empty where the checkpoint is a single file."""
-    index = path / INDEX
-    if (path / WEIGHTS).is_file() or not index.is_file():  # transformers prefers the single file, too
-        return {}
-    weight_map = _json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no 'weight_map' of tensor names to shards. {AGAIN}")
-    unfit = sorted({_shown(shard) for shard in weight_map.values() if not _is_file_name(shard)})
-    problems.extend(f"{index}: shard {shard} is not the name of a file beside it. {AGAIN}" for shard in unfit)
-    return {name: shard for name, shard in weight_map.items() if _is_file_name(shard)}
-
-
-def _is_file_name(shard: Any) -> bool:
-    return is_unicode(shard) and shard == os.path.basename(shard) and shard not in ("", ".", "..")
-
-
-def _files(path: Path, weight_map: Mapping[str, str], problems: list[str]) -> list[Path]:
-    """The safetensors files that are there; appends what is missing."""
-    if not weight_map and problems:
-        return []
-    if not weight_map and not (path / WEIGHTS).is_file():
-        raise CheckpointError(_why_no_weights(path))
-    files = [path / shard for shard in sorted(set(weight_map.values()))] or [path / WEIGHTS]
-    missing = [file for file in files if not file.is_file()]
-    problems.extend(f"{file}: missing, though {INDEX} names it. Complete the download" for file in missing)
-    return [file for file in files if file not in missing]
-
-
-def _why_no_weights(path: Path) -> str:
-    """What `path` is instead of a checkpoint, and the way out."""
-    if not path.exists():
-        return f"{path}: no such directory. Models must be on this disk: download it first and give its path"
-    if not path.is_dir():
-        return f"{path}: not a directory. Give the directory that holds {WEIGHTS}"
-    if (path / "adapter_config.json").exists():
-        return f"{path}: holds an adapter, not a full model. Merge it into its base first (PEFT: merge_and_unload)"
-    if others := sorted(file.name for file in path.glob("*.safetensors")):
-        return (
-            f"{path}: neither {WEIGHTS} nor {INDEX} in it, only {others[0]!r}. "
-            f"Complete the download, or call it {WEIGHTS} if it is the whole model"
-        )
-    if any(path.glob("pytorch_model*.bin")):
-        return f"{path}: holds pytorch_model.bin, not safetensors. Convert it: load it with transformers and save it"
-    if any(path.glob("*.gguf")):
-        return f"{path}: holds GGUF, which is quantised. Give the safetensors checkpoint that it was made from"
-    return f"{path}: neither {WEIGHTS} nor {INDEX} in it. Give the directory of a checkpoint in safetensors"
-
-
-def _index_problems(index: Path, weight_map: Mapping[str, str], shards: Iterable[Shard]) -> Iterator[str]:
-    """Every tensor must lie in the one shard that the index names for it."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for shard in shards:
-        for info in shard.tensors:
-            found[info.name].append(shard.file.name)
-    for name in sorted(weight_map.keys() | found.keys(), key=natural_key):
-        if found.get(name) != [weight_map.get(name)]:
-            listed = f"listed in {weight_map[name]!r}" if name in weight_map else "not listed"
-            where = " and ".join(map(repr, found.get(name, []))) or "no shard"
-            yield f"{index}: tensor {name!r}: {listed}, found in {where}. Download or save all of them again"
 
 
 def read_header(file: Path) -> Shard:

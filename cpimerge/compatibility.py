@@ -26,7 +26,7 @@ def refused_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield (
-                f"{checkpoint.path}: tensor {names[0]!r}{more}: {dtype} cannot be merged. "
+                f"{checkpoint.where}: tensor {names[0]!r}{more}: {dtype} cannot be merged. "
                 "Convert the checkpoint to bfloat16 or float32"
             )
 
@@ -62,13 +62,13 @@ def _prefix(short: Sequence[str], long: Sequence[str]) -> str:
 def _renamed(base: Checkpoint, other: Checkpoint, prefixes: tuple[str, str], count: int) -> str:
     ours, theirs = prefixes
     return (
-        f"{other.path}: {count} tensors are called {theirs + 'X'!r} where {base.path} has {ours + 'X'!r}. "
+        f"{other.where}: {count} tensors are called {theirs + 'X'!r} where {base.path} has {ours + 'X'!r}. "
         "Save both from the same model class"
     )
 
 
 def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[str]) -> str:
-    where = f"{other.path}: tensor {name!r}: missing, though {base.path} has it. "
+    where = f"{other.where}: tensor {name!r}: missing, though {base.path} has it. "
     if _is_head(name) and other.ties_embeddings:
         if base.ties_embeddings:
             return where + "Both configs tie it to the embeddings: load the base with transformers and save it without"
@@ -80,7 +80,7 @@ def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[s
 
 
 def _extra(base: Checkpoint, other: Checkpoint, name: str) -> str:
-    where = f"{other.path}: tensor {name!r}: not in {base.path}. "
+    where = f"{other.where}: tensor {name!r}: not in {base.path}. "
     if _is_head(name) and base.ties_embeddings:
         if other.ties_embeddings:
             return where + "Both configs tie it to the embeddings: load the model with transformers and save it without"
@@ -100,7 +100,7 @@ def _fit(expected: Tensor, got: Tensor) -> bool:
 
 def _mismatch(base: Checkpoint, other: Checkpoint, name: str) -> str:
     expected, got = base.tensors[name], other.tensors[name]
-    where = f"{other.path}: tensor {name!r}: expected {_kind(expected)} (as in {base.path}), got {_kind(got)}. "
+    where = f"{other.where}: tensor {name!r}: expected {_kind(expected)} (as in {base.path}), got {_kind(got)}. "
     if expected.shape == got.shape:
         return where + "Save it with the base's dtype"
     if expected.shape[1:] == got.shape[1:] and any(word in name for word in EMBEDDINGS):
@@ -119,12 +119,12 @@ def notes(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
     mixed = Counter((ours.dtype, theirs.dtype) for ours, theirs in pairs if ours.is_float and theirs.is_float)
     for (expected, got), count in mixed.items():
         if expected != got:
-            yield f"{other.path}: {count} tensors are {FLOAT_NAMES[got]} where the base has {FLOAT_NAMES[expected]}"
+            yield f"{other.where}: {count} tensors are {FLOAT_NAMES[got]} where the base has {FLOAT_NAMES[expected]}"
     keys = sorted((base.config.keys() | other.config.keys()) - COSMETIC_CONFIG)
     differing = [key for key in keys if base.config.get(key) != other.config.get(key)]
     if base.config and other.config and differing:
-        yield f"{other.path}: {CONFIG} differs from the base's in {', '.join(differing)}; the output takes the base's"
+        yield f"{other.where}: {CONFIG} differs from the base's in {', '.join(differing)}; the output takes the base's"
     for name in TOKENIZER_FILES:
-        ours, theirs = base.path / name, other.path / name
+        ours, theirs = base.path / name, other.where / name
         if ours.is_file() and theirs.is_file() and not filecmp.cmp(ours, theirs, shallow=False):
-            yield f"{other.path}: {name} differs from the base's; the output takes the base's"
+            yield f"{other.where}: {name} differs from the base's; the output takes the base's"
