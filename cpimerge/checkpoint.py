@@ -30,15 +30,22 @@ __all__ = [
     "Tensor",
     "collect",
     "is_unicode",
+    "json_object",
     "layer_of",
     "natural_key",
     "read_header",
+    "read_json_object",
+    "shown",
 ]
 
 FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 COPIED_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 # Known to the format, refused by preflight with the reason.
-REFUSED_BYTES = {"F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # elements that share bytes
+REFUSED_BYTES = {
+    **{"F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
+    **dict.fromkeys(PACKED_BITS, 1),  # in name: they are never read
+}
 ITEM_BYTES = FLOAT_BYTES | COPIED_BYTES | REFUSED_BYTES
 FLOAT_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -142,7 +149,7 @@ class Handles:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its size in bytes and the xxh3-128 of its header."""
+    """One file with weights: its size in bytes and the xxh3-128 of its header (of its pickle, for `.bin`)."""
 
     file: Path
     size: int
@@ -158,7 +165,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with a model's weights as safetensors, perhaps with an adapter on it.
+    """A directory with a model's weights, perhaps with an adapter on it.
 
     `tensors` are in natural-sorted order of their names. `config` is config.json, empty where there is none.
     `adapter` is the directory of the adapter; `shards` holds its file too, then.
@@ -169,6 +176,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     adapter: Path | None = None
+    notes: tuple[str, ...] = ()  # what was noticed when it was opened
 
     @property
     def where(self) -> Path:
@@ -246,7 +254,7 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[st
     """One header entry as a StoredTensor; appends what is wrong with it and returns None."""
     fault = _entry_fault(name, entry)
     if fault is not None:
-        problems.append(f"{file}: tensor {_shown(name)}: {fault}")
+        problems.append(f"{file}: tensor {shown(name)}: {fault}")
         return None
     begin, end = entry["data_offsets"]
     return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, data_start + begin)
@@ -260,16 +268,18 @@ def _entry_fault(name: str, entry: Any) -> str | None:
         return f"its header entry must have exactly dtype, shape and data_offsets. {AGAIN}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        return f"unsupported dtype {_shown(dtype)}. Convert the checkpoint to bfloat16 or float32"
+        return f"unsupported dtype {shown(dtype)}. Convert the checkpoint to bfloat16 or float32"
     if not _are_sizes(shape):
-        return f"shape {_shown(shape)} is not a list of sizes. {AGAIN}"
+        return f"shape {shown(shape)} is not a list of sizes. {AGAIN}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"data_offsets {_shown(offsets)} are not a begin and an end. {AGAIN}"
+        return f"data_offsets {shown(offsets)} are not a begin and an end. {AGAIN}"
     needed = _nbytes(shape, ITEM_BYTES[dtype])
+    if needed is not None and dtype in PACKED_BITS:
+        needed = -(-needed * PACKED_BITS[dtype] // 8)
     if needed is None:
-        return f"{dtype} {_shown(shape)} is larger than any file. {AGAIN}"
+        return f"{dtype} {shown(shape)} is larger than any file. {AGAIN}"
     if needed != offsets[1] - offsets[0]:
-        return f"{dtype} {_shown(shape)} needs {needed} bytes, data_offsets give {offsets[1] - offsets[0]}. {AGAIN}"
+        return f"{dtype} {shown(shape)} needs {needed} bytes, data_offsets give {offsets[1] - offsets[0]}. {AGAIN}"
     return None
 
 
@@ -292,8 +302,8 @@ def _nbytes(shape: Iterable[int], item_bytes: int) -> int | None:
     return product
 
 
-def _shown(value: Any) -> str:
-    """What a file holds, as an error shows it: cut short where it is long or deep."""
+def shown(value: Any) -> str:
+    """What a file holds, as an error shows it: quoted, cut short where it is long or deep."""
     brief = reprlib.Repr()
     brief.maxstring, brief.maxlist, brief.maxlong = 200, 8, 40
     return brief.repr(value)
@@ -315,7 +325,8 @@ def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int,
         yield f"{file}: {size - end} bytes after the last tensor. {AGAIN}"
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A file as a JSON object without duplicate keys. Raises CheckpointError, or OSError."""
     return _parse_object(file, file.read_bytes())
 
 
