@@ -30,7 +30,6 @@ __all__ = [
     "Tensor",
     "collect",
     "is_unicode",
-    "json_object",
     "layer_of",
     "natural_key",
     "read_header",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
+from .directory import open_checkpoint
 from .references import Place, Reference
 
 __all__ = ["Located", "locate", "open_model"]

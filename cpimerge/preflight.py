@@ -149,6 +149,7 @@ def _open(reference: Reference, base: Checkpoint | None, findings: _Findings) ->
         findings.checkpoints.extend(error.problems)
         return None
     findings.checkpoints.extend(refused_dtypes(checkpoint))
+    findings.notes.extend(checkpoint.notes)
     return checkpoint
 
 

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from trees import is_open
 
 from cpimerge import CheckpointError, checkpoint
-from cpimerge.checkpoint import Handles, Tensor, layer_of, natural_key, open_checkpoint, read_header
+from cpimerge.checkpoint import Handles, Tensor, layer_of, natural_key, read_header
+from cpimerge.directory import open_checkpoint
 from cpimerge.stream import OPEN_FILES
 
 # --- names ------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from cpimerge import OutputError, fuse, plan, writer
-from cpimerge.checkpoint import natural_key, open_checkpoint
+from cpimerge.checkpoint import natural_key
+from cpimerge.directory import open_checkpoint
 from cpimerge.writer import (
     OutputTensor,
     ShardLayout,
