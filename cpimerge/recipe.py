@@ -1,6 +1,6 @@
 """The YAML that a user wrote → one frozen `Recipe`, or one error that lists everything wrong with it.
 
-    text → yamltree (data with lines) → recipe_schema (structure, values, values together) → Recipe
+    text → yamltree (data with lines) → recipe_schema (structure, values) → recipe_checks (values together) → Recipe
 
 Every problem is a line such as `recipe.yml:12: parameters.densty: unknown key; did you mean 'density'?`. Only
 the recipe itself is judged: whether a directory exists or a filter matches a tensor is for preflight to find
@@ -9,7 +9,7 @@ out. Numbers are exact, because the size of a core is ⌊p·n⌋ of the decimal 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import RecipeError
+from .recipe_checks import check_together
+from .recipe_models import base_entries, groups, task_name, tasks
 from .recipe_schema import (
     BACKBONE_WORDS,
     KEYS_OF_A_MODEL,
@@ -25,14 +27,11 @@ from .recipe_schema import (
     Dtype,
     FilteredValue,
     Granularity,
-    OwnSettings,
     Scope,
     Seeded,
     Space,
     Vocabulary,
-    check_together,
     key_hint,
-    task_name,
 )
 from .references import Reference, parse_reference
 from .yamltree import Tree, Unreadable, Where, check, key_text, read_tree
@@ -49,12 +48,15 @@ TAKEN_AS_WRITTEN = ("scope", "tau", "conflict", "space", "rest", "granularity")
 class Rule:
     """One or more numbers for the tensors that `filter` matches; None matches every tensor.
 
-    Several values are a gradient: spread evenly over the depth of the model, straight lines between them.
+    Several values are a gradient: spread evenly over the depth of the model or slice, straight lines between them.
+    A rule of a slice speaks of that slice's tensors only. `key` is where it stands: `models[0].parameters.density`.
     """
 
     filter: str | None
     values: tuple[Fraction, ...]
     line: int
+    key: str = field(default="", compare=False)
+    slice: int | None = None
 
     def at(self, depth: Fraction) -> Fraction:
         """The exact value at a depth from 0 (first layer) to 1 (last). Raises ValueError outside."""
@@ -73,10 +75,10 @@ class Setting:
     key: str
     rules: tuple[Rule, ...]
 
-    def at(self, tensor: str, depth: Fraction) -> Fraction | None:
+    def at(self, tensor: str, depth: Fraction, slice: int = 0) -> Fraction | None:
         """The first matching rule's value at a depth from 0 to 1; None where no rule matches the tensor."""
         for rule in self.rules:
-            if rule.filter is None or matches(rule.filter, tensor):
+            if rule.slice in (None, slice) and (rule.filter is None or matches(rule.filter, tensor)):
                 return rule.at(depth)
         return None
 
@@ -98,6 +100,15 @@ class Exclude:
     """Tensors that get no core."""
 
     filter: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The layers from `first` to before `stop`, which have parameters of their own."""
+
+    first: int
+    stop: int
     line: int
 
 
@@ -129,28 +140,31 @@ class Recipe:
     exclude: tuple[Exclude, ...] = ()
     dtype: Dtype | None = None
     vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
+    slices: tuple[Slice, ...] = ()
+    notes: tuple[str, ...] = ()
     lines: Mapping[str, int] = field(default_factory=dict, hash=False, repr=False)
     text: str = field(default="", repr=False)
 
-    def density_of(self, task: Task, tensor: str, depth: Fraction) -> Fraction:
+    def density_of(self, task: Task, tensor: str, depth: Fraction, slice: int = 0) -> Fraction:
         """The share of elements in the task's core, 0 to 1."""
-        density = _resolve(task.density, self.density, tensor, depth)
+        density = _resolve(task.density, self.density, tensor, depth, slice)
         return DEFAULT_DENSITY if density is None else density
 
-    def weight_of(self, task: Task, tensor: str, depth: Fraction) -> Fraction:
+    def weight_of(self, task: Task, tensor: str, depth: Fraction, slice: int = 0) -> Fraction:
         """The task's weight in the blend, 0 or more."""
-        weight = _resolve(task.weight, self.weight, tensor, depth)
+        weight = _resolve(task.weight, self.weight, tensor, depth, slice)
         return DEFAULT_WEIGHT if weight is None else weight
 
-    def t_of(self, task: Task, tensor: str, depth: Fraction) -> Fraction | None:
+    def t_of(self, task: Task, tensor: str, depth: Fraction, slice: int = 0) -> Fraction | None:
         """The constant factor with which the task is folded in, 0 to 1; None: its share by weight."""
-        return _resolve(task.t, self.t, tensor, depth)
+        return _resolve(task.t, self.t, tensor, depth, slice)
 
 
-def _resolve(own: Setting | None, shared: Setting | None, tensor: str, depth: Fraction) -> Fraction | None:
+def _resolve(own: Setting | None, shared: Setting | None, tensor: str, depth: Fraction, slice: int) -> Fraction | None:
     """A model's own setting where it speaks of the tensor, else the recipe's."""
-    value = own.at(tensor, depth) if own else None
-    return shared.at(tensor, depth) if value is None and shared else value
+    value = own.at(tensor, depth, slice) if own else None
+    return shared.at(tensor, depth, slice) if value is None and shared else value
 
 
 def matches(filter: str, tensor: str) -> bool:
@@ -195,13 +209,14 @@ def parse_recipe(text: str, file: Path | None, directory: Path) -> Recipe:
 
 def _build(document: Document, tree: Tree, directory: Path, *, file: Path | None, text: str) -> Recipe:
     shared = document.parameters
-    tasks = tuple(_task(document, tree, index, directory) for index in range(len(document.models)))
+    lists = [tasks(tree, group, directory) for group in groups(tree)]
+    found = tuple(_task(document, tree, list(places), directory) for places in zip(*lists, strict=True))
     backbone = shared.backbone or "last"
-    is_name = backbone in (*BACKBONE_WORDS, *(task.name for task in tasks))
+    is_name = backbone in (*BACKBONE_WORDS, *(task.name for task in found))
     return Recipe(
         file=file,
         base=parse_reference(document.base_model, directory),
-        tasks=tasks,
+        tasks=found,
         order=shared.order.seed if isinstance(shared.order, Seeded) else "recipe",
         stages=tuple(tuple(stage) for stage in shared.stages) if shared.stages else None,
         backbone=backbone if is_name else parse_reference(backbone, directory),
@@ -209,38 +224,79 @@ def _build(document: Document, tree: Tree, directory: Path, *, file: Path | None
             Exclude(filter, tree.lines["parameters", "exclude", index])
             for index, filter in enumerate(shared.exclude or ())
         ),
-        dtype=document.dtype,
-        vocabulary=document.vocabulary,
+        dtype=document.out_dtype or document.dtype,
+        vocabulary=_vocabulary(document),
+        chat_template=document.chat_template,
+        slices=tuple(_slices(document, tree)),
+        notes=tuple(_notes(document, tree, directory, file)),
         lines={key_text(where): line for where, line in tree.lines.items() if where},
         text=text,
-        **_settings_of(shared, tree, ("parameters",)),
+        **_settings(document, tree, [()]),
         **{key: value for key in TAKEN_AS_WRITTEN if (value := getattr(shared, key)) is not None},
     )
 
 
-def _task(document: Document, tree: Tree, index: int, directory: Path) -> Task:
-    model, where = document.models[index], ("models", index)
+def _task(document: Document, tree: Tree, places: list[Where], directory: Path) -> Task:
+    """The task that stands at `places`: one under `models`, or one in every slice."""
+    where = places[0]
     return Task(
-        name=task_name(tree, index, directory),
-        model=parse_reference(model.model, directory),
+        name=task_name(tree, where, directory),
+        model=parse_reference(_at(document, where).model, directory),
         line=tree.lines[where],
-        **_settings_of(model.parameters, tree, (*where, "parameters")),
+        **_settings(document, tree, places),
     )
 
 
-def _settings_of(own: OwnSettings, tree: Tree, where: Where) -> dict[str, Any]:
-    return {key: _setting(key, getattr(own, key), tree, (*where, key)) for key in KEYS_OF_A_MODEL}
+def _at(node: Any, where: Where) -> Any:
+    """What the schema has at a place."""
+    for step in where:
+        node = node[step] if isinstance(step, int) else getattr(node, step)
+    return node
 
 
-def _setting(key: str, written: Any, tree: Tree, where: Where) -> Setting | None:
-    if written is None:
-        return None
+def _settings(document: Document, tree: Tree, places: list[Where]) -> dict[str, Any]:
+    """What is set at these places. In a slice, what its source says comes before what the slice says."""
+    owners = [owner for place in places for owner in ((place, place[:2]) if place[:1] == ("slices",) else (place,))]
+    settings = {}
+    for key in KEYS_OF_A_MODEL:
+        rules = tuple(rule for owner in owners for rule in _rules(document, tree, (*owner, "parameters", key)))
+        settings[key] = Setting(key, rules) if rules else None
+    return settings
+
+
+def _rules(document: Document, tree: Tree, where: Where) -> Iterator[Rule]:
+    written = _at(document, where)
+    entries: list[tuple[str | None, Any, Where]] = []
     if isinstance(written, list) and isinstance(written[0], FilteredValue):
-        rules = [_rule(entry.filter, entry.value, tree.lines[*where, n]) for n, entry in enumerate(written)]
-    else:
-        rules = [_rule(None, written, tree.lines[where])]
-    return Setting(key, tuple(rules))
+        entries = [(entry.filter, entry.value, (*where, number)) for number, entry in enumerate(written)]
+    elif isinstance(written, FilteredValue):
+        entries = [(written.filter, _at(written, ("value",)), where)]
+    elif written is not None:
+        entries = [(None, written, where)]
+    slice = int(where[1]) if where[0] == "slices" else None
+    for filter, value, place in entries:
+        values = tuple(value) if isinstance(value, list) else (value,)
+        yield Rule(filter, values, tree.lines[place], key_text(where), slice)
 
 
-def _rule(filter: str | None, value: Fraction | list[Fraction], line: int) -> Rule:
-    return Rule(filter, tuple(value) if isinstance(value, list) else (value,), line)
+def _vocabulary(document: Document) -> Vocabulary | None:
+    """cpimerge's own word, or that of mergekit's recipes, where the base may also be called by its path."""
+    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    if source is None:
+        return document.vocabulary
+    return "union" if source == "union" else "base"
+
+
+def _slices(document: Document, tree: Tree) -> Iterator[Slice]:
+    for number, slice in enumerate(document.slices or ()):
+        yield Slice(*slice.sources[0].layer_range, tree.lines["slices", number, "sources", 0, "layer_range"])
+
+
+def _notes(document: Document, tree: Tree, directory: Path, file: Path | None) -> Iterator[str]:
+    """What of the recipe has no effect, though nothing is wrong with it."""
+    name = file or "recipe"
+    for where in base_entries(tree, directory):
+        yield f"{name}:{tree.lines[where]}: {key_text(where)}: is the base, which is read anyway; it is no task"
+    for owner in ((), *(("slices", number) for number in range(len(document.slices or ())))):
+        if (where := (*owner, "parameters", "int8_mask")) in tree.lines:
+            yield f"{name}:{tree.lines[where]}: {key_text(where)}: changes nothing; cores are stored as bitmaps anyway"

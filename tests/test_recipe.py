@@ -203,9 +203,10 @@ def test_one_directory_may_serve_two_tasks() -> None:
 def test_symlinks_are_kept(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    recipe = parse_recipe("merge_method: cpi\nbase_model: link\nmodels: [{model: ./link}]", None, tmp_path)
-    assert recipe.base.model.path == tmp_path / "link"
-    assert recipe.tasks[0].name == "link"
+    recipe = parse_recipe(
+        "merge_method: cpi\nbase_model: link\nmodels: [{model: ./link/../link, name: x}]", None, tmp_path
+    )
+    assert recipe.base.model.path == recipe.tasks[0].model.model.path == tmp_path / "link"
 
 
 def test_a_file_with_byte_order_mark_is_relative_to_its_directory(tmp_path: Path) -> None:
@@ -402,6 +403,11 @@ def shared(text: str) -> str:
 LONG = "x" * 101
 WIDE = "\u8a9e" * 67
 
+TOP_KEYS = (
+    "merge_method, base_model, models, slices, parameters, dtype, out_dtype, vocabulary, tokenizer_source, tokenizer, "
+    "chat_template"
+)
+
 WRONG: dict[str, tuple[str, list[str]]] = {
     # Keys
     "unknown top key": (
@@ -410,7 +416,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown key with nothing near": (
         HEAD + "zzz: 1",
-        ["6: zzz: unknown key; valid keys: merge_method, base_model, models, parameters, dtype, vocabulary"],
+        [f"6: zzz: unknown key; valid keys: {TOP_KEYS}"],
     ),
     "unknown parameter": (
         shared("densty: 0.1"),
@@ -437,13 +443,13 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "odd unknown key": (
         HEAD + '"a.b\\n": 1',
-        ["6: 'a.b\\n': unknown key; valid keys: merge_method, base_model, models, parameters, dtype, vocabulary"],
+        [f"6: 'a.b\\n': unknown key; valid keys: {TOP_KEYS}"],
     ),
     "key named as an inner tag": (
         shared("t: 1\n  <list>: 2"),
         [
-            "8: parameters.'<list>': unknown key; valid keys: density, weight, t, scope, tau, stages, order, "
-            "backbone, conflict, space, rest, granularity, exclude"
+            "8: parameters.'<list>': unknown key; valid keys: density, weight, t, normalize, int8_mask, scope, "
+            "tau, stages, order, backbone, conflict, space, rest, granularity, exclude"
         ],
     ),
     "global parameter under a model": (
@@ -466,19 +472,16 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         shared("dtype: float16"),
         ["7: parameters.dtype: belongs at the top level of the recipe"],
     ),
-    "keys of mergekit": (
-        HEAD + "slices: []\ntokenizer_source: union\nout_dtype: float16\nparameters: {normalize: true, lambda: 1}",
-        [
-            "6: slices: is not supported; list whole checkpoints under models",
-            "7: tokenizer_source: is not supported; remove it; the base's tokenizer is kept",
-            "8: out_dtype: is not supported; use dtype, which is the output's",
-            "9: parameters.normalize: is not supported; remove it; shares by weight always add up to 1",
-            "9: parameters.lambda: is not supported; use rest, the factor on the non-core with space: delta",
-        ],
-    ),
     "another method": (
         HEAD.replace("cpi", "ties"),
-        ["1: merge_method: 'ties' is not supported; cpimerge has one method, cpi"],
+        [
+            "1: merge_method: 'ties' is not supported; cpimerge has one method, cpi: with equal weights and lambda 1 it "
+            "is cpi with conflict: elect, space: delta and rest: 0, see recipes/ties.yml"
+        ],
+    ),
+    "an unknown method": (
+        HEAD.replace("cpi", "cip"),
+        ["1: merge_method: 'cip' is not supported; cpimerge has one method, cpi"],
     ),
     "duplicate key": (
         shared("tau: 0.1\n  rest: 1\n  tau: 0.1"),
@@ -525,9 +528,9 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "parameters:\n  - tau: 0.1",
         ["6: parameters: expected keys with values, such as 'key: value', got a list"],
     ),
-    "a setting as a mapping": (
-        shared("density: {filter: a, value: 1}"),
-        ["7: parameters.density: expected a number, a list of numbers or a list of {filter, value}, got a mapping"],
+    "a number as a mapping": (
+        shared("tau: {filter: a, value: 1}"),
+        ["7: parameters.tau: expected a decimal number such as 0.01 or 1e-3, got a mapping"],
     ),
     "numbers and rules mixed": (
         shared("density: [0.1, {value: 0.2}]"),
@@ -680,7 +683,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["7: models[2].name: a task is named 'math' already, line 4; give another name"],
     ),
     "a reserved directory": (
-        entry("  - model: ./base"),
+        entry("  - model: ../base"),
         [
             "6: models[2].model: 'base' cannot be a task's name, as it is reserved for the backbone; "
             "set name: for this model"

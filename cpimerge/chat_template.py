@@ -1,0 +1,102 @@
+"""The output's chat template: the base's, unless a recipe gives another or asks for the models' most common one.
+
+transformers reads `chat_template.jinja`, and where there is none the key `chat_template` in tokenizer_config.json;
+processors of older versions read `chat_template.json`. The output has the same template in all of these that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, collect, read_json_object
+from .errors import CheckpointError
+
+__all__ = ["read_template", "settle_template", "write_template"]
+
+TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PROCESSOR_TEMPLATE = "chat_template.json"
+KEY = "chat_template"
+MAX_BYTES = 50_000_000
+
+
+def settle_template(
+    wanted: str | None, checkpoints: Mapping[str, Checkpoint], problems: list[str], notes: list[str]
+) -> str | None:
+    """The template that the output gets instead of the base's, if any; `wanted` is what the recipe says.
+
+    "auto" is the one that most of the models have. White space around a template does not count, nor does a second
+    name of one model. Of templates that equally many have, the first model's is taken, the base being the first.
+    """
+    if wanted is None:
+        return None
+    names: dict[tuple[Path, Path | None], str] = {}
+    for name, checkpoint in checkpoints.items():
+        names.setdefault((checkpoint.path, checkpoint.adapter), name)
+    found: dict[str, str] = {}
+    for name in names.values() if wanted == "auto" else ("base",):  # what is replaced must be readable
+        with collect(checkpoints[name].where, problems):
+            if text := _template_of(checkpoints[name]):
+                found[name] = text.strip()
+    return _commonest(found, notes) if wanted == "auto" else wanted
+
+
+def _commonest(found: Mapping[str, str], notes: list[str]) -> str | None:
+    """None where that is the base's, or where there is none."""
+    if not found:
+        notes.append("chat_template: auto: none of the models has one")
+        return None
+    common, count = Counter(found.values()).most_common(1)[0]
+    owners = ", ".join(name for name, text in found.items() if text == common)
+    notes.append(f"chat_template: auto: takes that of {owners} ({count} of the {len(found)} models that have one)")
+    return None if found.get("base") == common else common
+
+
+def _template_of(checkpoint: Checkpoint) -> str | None:
+    """What an adapter was trained with is saved beside it, if anything is."""
+    own = read_template(checkpoint.adapter) if checkpoint.adapter else None
+    return own or read_template(checkpoint.path)
+
+
+def read_template(directory: Path) -> str | None:
+    """The default template of the tokenizer in a directory. Raises CheckpointError or OSError for unreadable files."""
+    if (directory / TEMPLATE).is_file():
+        try:
+            return _bounded(directory / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{directory / TEMPLATE}: is not UTF-8 text. Download it again") from None
+    if not (directory / TOKENIZER_CONFIG).is_file():
+        return None
+    written = read_json_object(_bounded(directory / TOKENIZER_CONFIG)).get(KEY)
+    if isinstance(written, list):  # of named templates
+        entries = [entry for entry in written if isinstance(entry, dict)]
+        written = {str(entry.get("name")): entry.get("template") for entry in entries}
+    if isinstance(written, dict):
+        written = written.get("default")
+    return written if isinstance(written, str) else None
+
+
+def _bounded(file: Path) -> Path:
+    if file.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{file}: is larger than {MAX_BYTES // 1_000_000} MB. Download it again")
+    return file
+
+
+def write_template(out: Path, template: str) -> None:
+    """Give the output directory `out` this template and no other."""
+    (out / TEMPLATE).write_bytes(template.encode())
+    for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
+        if (out / name).is_file() and KEY in (content := read_json_object(_bounded(out / name))):
+            _write_json(out / name, content | {KEY: template})
+    if (out / NAMED_TEMPLATES).is_dir():
+        shutil.rmtree(out / NAMED_TEMPLATES)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
