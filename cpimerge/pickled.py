@@ -13,6 +13,7 @@ import os
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def read_pickled(file: Path) -> Shard:
     with open(file, "rb") as stream:
         _check_kind(file, stream, size)
         with _as_problems(file):
-            archive = _archive(file, stream)
+            archive = _archive(file, stream, size)
         problems = list(_forbidden(file, archive.pickle))
         if problems:
             raise CheckpointError(problems)
@@ -92,13 +93,14 @@ class _Unfit(Exception):
 def _as_problems(file: Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CheckpointError(f"{file}: is no sound archive: {_line(error)}. {AGAIN}") from error
 
 
 def _line(error: Exception) -> str:
-    """The first line of what a library says, without colours."""
-    return shown(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0].rstrip("."))[1:-1]
+    """The first sentence of what a library says, on one line and without colours."""
+    text = re.split(r"\.\s|\n", re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip(), maxsplit=1)[0]
+    return " ".join(text.split())[:200].rstrip(".")
 
 
 def _check_kind(file: Path, stream: BinaryIO, size: int) -> None:
@@ -126,12 +128,14 @@ def _lower(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
-def _archive(file: Path, stream: BinaryIO) -> _Archive:
+def _archive(file: Path, stream: BinaryIO, size: int) -> _Archive:
     """Read the pickle. Raises CheckpointError, or what `zipfile` raises."""
     with zipfile.ZipFile(stream) as archive:
         infos = {info.filename: info for info in archive.infolist()}
         if len(infos) < len(archive.infolist()):
             raise CheckpointError(f"{file}: has two records of one name. {AGAIN}")
+        if not all(0 <= info.header_offset < size for info in infos.values()):
+            raise CheckpointError(f"{file}: has records outside the file. {AGAIN}")
         roots = [name.removesuffix("data.pkl") for name in infos if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(roots) != 1:
             raise CheckpointError(f"{file}: is not an archive as torch.save writes it: it has no pickle. {CONVERT}")
@@ -202,7 +206,8 @@ def _load(file: Path, archive: _Archive) -> tuple[dict[Any, Any], dict[int, str]
         ) from error
     standin, keys = _standin(archive)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the file is; whether it will do is seen below
             content = torch.load(standin, weights_only=True)
     except Exception as error:  # hostile input: whatever it makes of it, it was refused
         raise CheckpointError(f"{file}: PyTorch refuses it: {_line(error)}. {AGAIN}") from error
@@ -233,9 +238,10 @@ def _standin(archive: _Archive) -> tuple[io.BytesIO, dict[int, str]]:
 def _data_offset(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin: after its local header, name and extra field."""
     stream.seek(info.header_offset)
-    magic, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-    if magic != b"PK\3\4":
+    header = stream.read(LOCAL_HEADER.size)
+    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
         raise _Unfit(f"its record is not where the archive says. {AGAIN}")
+    _, name, extra = LOCAL_HEADER.unpack(header)
     return info.header_offset + LOCAL_HEADER.size + int(name) + int(extra)
 
 
@@ -255,7 +261,10 @@ def _stored(
     nbytes = value.numel() * ITEM_BYTES[dtype]
     if not nbytes:
         return StoredTensor(name, dtype, tuple(value.shape), 0, file, 0)
-    record = records[keys[value.untyped_storage()._checkpoint_offset]]  # type: ignore[index]
+    key = keys.get(value.untyped_storage()._checkpoint_offset or 0)
+    if key is None:
+        raise _Unfit("this PyTorch does not say where it lies in the file. Install torch>=2.7")
+    record = records[key]
     begin = int(value.storage_offset()) * ITEM_BYTES[dtype]
     offset = _data_offset(stream, record)
     if not _is_plain(record):

@@ -179,9 +179,9 @@ HEADERS: dict[str, tuple[dict[str, Any] | str | bytes, int, list[str]]] = {
         [": tensor 'w': its header entry must have exactly dtype, shape and data_offsets. " + AGAIN],
     ),
     "unknown dtype": (
-        {"w": ENTRY | {"dtype": "F4"}},
+        {"w": ENTRY | {"dtype": "F3"}},
         8,
-        [": tensor 'w': unsupported dtype 'F4'. Convert the checkpoint to bfloat16 or float32"],
+        [": tensor 'w': unsupported dtype 'F3'. Convert the checkpoint to bfloat16 or float32"],
     ),
     "dtype is no text": (
         {"w": ENTRY | {"dtype": 32}},
@@ -359,7 +359,35 @@ FILES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "bin": (
         lambda home: only(home / "math", "pytorch_model.bin", "config.json"),
-        ["math: holds pytorch_model.bin, not safetensors. Convert it: load it with transformers and save it"],
+        [
+            f"math/pytorch_model.bin: is not an archive as torch.save writes it. {AGAIN}, "
+            "or load it with transformers and save it as safetensors"
+        ],
+    ),
+    "one shard of several in pickles": (
+        lambda home: only(home / "math", "pytorch_model-00001-of-00002.bin"),
+        [
+            "math: neither pytorch_model.bin nor pytorch_model.bin.index.json in it, "
+            "only 'pytorch_model-00001-of-00002.bin'. Complete the download"
+        ],
+    ),
+    "another pickle": (
+        lambda home: only(home / "math", "consolidated.00.pth"),
+        [
+            "math: holds 'consolidated.00.pth', not safetensors. "
+            "Load it in PyTorch and save its tensors as model.safetensors"
+        ],
+    ),
+    "a diffusers pipeline": (
+        lambda home: only(home / "math", "model_index.json"),
+        ["math: is a pipeline of several models (diffusers). Merge its folders, such as unet, one by one"],
+    ),
+    "a diffusers model": (
+        lambda home: only(home / "math", "config.json", "diffusion_pytorch_model.safetensors"),
+        [
+            "math: has its weights in diffusion_pytorch_model.safetensors, as diffusers calls them. "
+            "Link or rename it to model.safetensors, and the merged one back"
+        ],
     ),
     "gguf": (
         lambda home: only(home / "math", "model-q4.gguf"),
@@ -1002,7 +1030,7 @@ def test_disk_that_fills_up(home: Path, command: str) -> None:
 def test_no_disk_space(home: Path) -> None:
     plan(home)
     with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=123)):
-        problem = "out: needs 168 B, the disk has 123 B free. Free some space or write to another disk"
+        problem = "out: needs 13.0 kB, the disk has 123 B free. Free some space or write to another disk"
         assert refused(home, lambda: fuse(home)) == (ResourceError, [problem])
 
 
