@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpimerge.errors import RecipeError
-from cpimerge.recipe import Exclude, Recipe, Rule, Setting, Task, load_recipe, matches, parse_recipe
+from cpimerge.recipe import Exclude, Recipe, Rule, Setting, Slice, Task, load_recipe, matches, parse_recipe
 from cpimerge.references import Place, Reference
 from cpimerge.yamltree import as_number
 
@@ -387,6 +387,132 @@ def test_no_rule_matches() -> None:
     assert recipe.t_of(recipe.tasks[0], "b", Fraction(0)) is None
 
 
+# ---- Slices, and what else mergekit's recipes say.
+
+SLICES = """\
+merge_method: cpi
+base_model: ./base
+slices:
+  - sources:
+      - model: ./math
+        layer_range: [0, 2]
+        parameters:
+          density: {filter: mlp, value: [0, 1]}
+      - {model: ./code, layer_range: [0, 2], name: python}
+    parameters:
+      density: 0.5
+  - sources:
+      - model: ./math
+        layer_range: [2, 6]
+      - model: ./code
+        layer_range: [2, 6]
+        parameters: {weight: 3}
+    base_model: ../recipes/base
+parameters:
+  weight: [1, 2]
+  density: 0.25
+"""
+
+
+def test_slices() -> None:
+    """A source's parameters come first, then its slice's, then the recipe's; all go by the depth in the slice."""
+    recipe = parse(SLICES)
+    assert recipe.slices == (Slice(0, 2, 6), Slice(2, 6, 14))
+    assert [(task.name, task.line) for task in recipe.tasks] == [("math", 5), ("python", 9)]
+    math, python = recipe.tasks
+    half = Fraction(1, 2)
+    mlp, other = "layers.0.mlp.w", "layers.0.attn.w"
+    assert [recipe.density_of(math, name, half, 0) for name in (mlp, other)] == [half, half]
+    assert recipe.density_of(math, mlp, Fraction(1), 0) == 1
+    assert recipe.density_of(python, mlp, Fraction(1), 0) == half
+    assert [recipe.density_of(task, mlp, half, 1) for task in recipe.tasks] == [Fraction(1, 4)] * 2
+    assert [recipe.weight_of(task, mlp, half, 0) for task in recipe.tasks] == [Fraction(3, 2)] * 2
+    assert [recipe.weight_of(task, mlp, half, 1) for task in recipe.tasks] == [Fraction(3, 2), 3]
+
+
+def test_rules_know_their_keys_and_slices() -> None:
+    math, python = parse(SLICES).tasks
+    assert math.density is not None
+    assert python.weight is not None
+    assert [(rule.key, rule.slice, rule.line) for rule in (*math.density.rules, *python.weight.rules)] == [
+        ("slices[0].sources[0].parameters.density", 0, 8),
+        ("slices[0].parameters.density", 0, 11),
+        ("slices[1].sources[1].parameters.weight", 1, 17),
+    ]
+    own = parse(HEAD + RULES).tasks[2].density
+    assert own is not None
+    assert {rule.key for rule in own.rules} == {"models[2].parameters.density"}
+
+
+def test_the_base_among_the_models_is_no_task() -> None:
+    recipe = parse(HEAD.replace("./math", "../recipes/base"))
+    assert [task.name for task in recipe.tasks] == ["code"]
+    assert recipe.notes == ("recipe.yml:4: models[0]: is the base, which is read anyway; it is no task",)
+
+
+def test_the_base_with_a_name_is_a_task_too() -> None:
+    recipe = parse(HEAD + "  - {model: ./base, name: start, parameters: {density: 0}}")
+    assert [task.name for task in recipe.tasks] == ["math", "code", "start"]
+    assert recipe.notes == ()
+
+
+def test_a_lone_filtered_value_needs_no_list() -> None:
+    recipe = parse(shared("density: {filter: mlp, value: [0, 1]}"))
+    assert recipe.density == Setting("density", (Rule("mlp", (Fraction(0), Fraction(1)), 7),))
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [
+        ("dtype: float32\nout_dtype: bfloat16", "bfloat16"),
+        ("out_dtype: float16", "float16"),
+        ("dtype: bfloat16", "bfloat16"),
+        ("", None),
+    ],
+)
+def test_the_dtype_of_the_output(written: str, dtype: str | None) -> None:
+    assert parse(HEAD + written).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("written", "vocabulary"),
+    [
+        ("tokenizer_source: base", "base"),
+        ("tokenizer_source: union", "union"),
+        ("tokenizer_source: ../recipes/base", "base"),
+        ("tokenizer: {source: base}", "base"),
+        ("tokenizer: {source: ./base}", "base"),
+        ("tokenizer: {}", "union"),  # mergekit's default
+        ("vocabulary: base", "base"),
+        ("", None),
+    ],
+)
+def test_the_vocabulary_of_the_output(written: str, vocabulary: str | None) -> None:
+    assert parse(HEAD + written).vocabulary == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("written", "template"),
+    [
+        ("chat_template: auto", "auto"),
+        ('chat_template: "{{ messages }}"', "{{ messages }}"),
+        ("chat_template: |\n  {% if x %}\n  \u00e9\n  {% endif %}\n", "{% if x %}\n\u00e9\n{% endif %}\n"),
+        ("", None),
+    ],
+)
+def test_the_chat_template_of_the_output(written: str, template: str | None) -> None:
+    assert parse(HEAD + written).chat_template == template
+
+
+def test_what_is_done_anyway_may_be_said() -> None:
+    recipe = parse(shared("normalize: true\n  int8_mask: True"))
+    assert recipe.notes == ("recipe.yml:8: parameters.int8_mask: changes nothing; cores are stored as bitmaps anyway",)
+    in_slice = parse(SLICES.replace("density: 0.5", "int8_mask: false"))
+    assert in_slice.notes == (
+        "recipe.yml:11: slices[0].parameters.int8_mask: changes nothing; cores are stored as bitmaps anyway",
+    )
+
+
 # ---- What is said of a wrong recipe.
 
 
@@ -472,11 +598,165 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         shared("dtype: float16"),
         ["7: parameters.dtype: belongs at the top level of the recipe"],
     ),
+    # mergekit's keys
+    "keys of mergekit that mean nothing here": (
+        HEAD + "modules: {text: 1}\nparameters: {lambda: 1, rescale: false, gamma: 0.1}\ntokenizer: {tokens: {a: 1}}",
+        [
+            "6: modules: is not supported; list whole checkpoints under models; all their modules are merged",
+            "7: parameters.lambda: is not supported; cores are taken whole, as at 1; rest is the factor on the "
+            "non-core with space: delta",
+            "7: parameters.rescale: is not supported; remove it; what is kept is not scaled",
+            "7: parameters.gamma: is not supported; it belongs to another merge method; remove it",
+            "8: tokenizer.tokens: is not supported; remove it; rows of tokens that not all models have are those of "
+            "the models that do",
+        ],
+    ),
+    "weights that are not made into shares": (
+        shared("normalize: false"),
+        [
+            "7: parameters.normalize: false is not supported; shares by weight always add up to 1. Remove it",
+        ],
+    ),
+    "a mask that is neither": (
+        shared("int8_mask: 1"),
+        ["7: parameters.int8_mask: expected true or false, got '1'"],
+    ),
+    "normalize of a model": (
+        entry("  - {model: ./x, parameters: {normalize: true}}"),
+        [
+            "6: models[2].parameters.normalize: belongs under the recipe's parameters; a model's own are density, "
+            "weight, t"
+        ],
+    ),
+    "another tokenizer": (
+        HEAD + "tokenizer_source: ./math",
+        ["6: tokenizer_source: another model's tokenizer is not supported; write base or union"],
+    ),
+    "two words on the tokenizer": (
+        HEAD + "tokenizer_source: base\ntokenizer: {source: ./math}\nvocabulary: base",
+        [
+            "6: tokenizer_source: vocabulary, line 8, says already which tokens the output has; remove one",
+            "7: tokenizer: vocabulary, line 8, says already which tokens the output has; remove one",
+            "7: tokenizer.source: another model's tokenizer is not supported; write base or union",
+        ],
+    ),
+    "a template of mergekit's": (
+        HEAD + "chat_template: chatml",
+        ["6: chat_template: 'chatml' is a template that comes with mergekit; write its Jinja text, or auto"],
+    ),
+    "a template that is none": (
+        HEAD + "chat_template: automatic",
+        ["6: chat_template: expected auto or a Jinja template, got 'automatic'"],
+    ),
+    "a template as a list": (
+        HEAD + "chat_template: [auto]",
+        ["6: chat_template: expected auto or a Jinja template, got a list"],
+    ),
+    "a template with a control character": (
+        HEAD + 'chat_template: "{{ x }}\\0"',
+        ["6: chat_template: must not have control characters"],
+    ),
+    "float64": (
+        HEAD + "out_dtype: float64",
+        ["6: out_dtype: unknown value 'float64'; sums are computed in float32 or better; did you mean 'float32'?"],
+    ),
+    # Slices
+    "models and slices": (
+        HEAD + "slices: [{sources: [{model: ./math, layer_range: [0, 2]}]}]",
+        ["6: slices: the checkpoints are listed under models already, line 3; remove one"],
+    ),
+    "a frankenmerge": (
+        SLICES.replace("[0, 2], name", "[1, 3], name").replace("[2, 6]", "[1, 5]"),
+        [
+            "9: slices[0].sources[1].layer_range: differs from that of sources[0], [0, 2]: layers would change places, "
+            "which is not supported; use mergekit for a merge of parts",
+            "14: slices[1].sources[0].layer_range: begins at layer 1, where 2 is next: that repeats layers, which is "
+            "not supported; use mergekit for a merge of parts",
+        ],
+    ),
+    "slices that do not begin at the first layer": (
+        SLICES.replace("[0, 2]", "[1, 2]"),
+        [
+            "6: slices[0].sources[0].layer_range: begins at layer 1, where 0 is next: that leaves out layers, which is "
+            "not supported; use mergekit for a merge of parts"
+        ],
+    ),
+    "other models in another slice": (
+        SLICES.replace("      - model: ./code", "      - model: ./law"),
+        [
+            "12: slices[1].sources: must be the models of slices[0], line 4, in their order and with their names; "
+            "use mergekit for a merge of parts"
+        ],
+    ),
+    "another name in another slice": (
+        SLICES.replace("weight: 3}", "weight: 3}\n        name: code"),
+        [
+            "12: slices[1].sources: must be the models of slices[0], line 4, in their order and with their names; "
+            "use mergekit for a merge of parts"
+        ],
+    ),
+    "another base in a slice": (
+        SLICES.replace("../recipes/base", "./math"),
+        ["18: slices[1].base_model: is not the recipe's base_model; use mergekit for a merge of parts"],
+    ),
+    "ranges that are none": (
+        SLICES.replace("layer_range: [0, 2], name", "layer_range: 2, name")
+        .replace("[0, 2]", "[2, 2]")
+        .replace("layer_range: [2, 6]\n        parameters", "layer_range: [2, x]\n        parameters")
+        .replace("[2, 6]", "[2]"),
+        [
+            "6: slices[0].sources[0].layer_range: must have at least one layer, got [2, 2]",
+            "9: slices[0].sources[1].layer_range: expected two whole numbers such as [0, 32], got '2'",
+            "14: slices[1].sources[0].layer_range: expected two whole numbers such as [0, 32], got 1 entries",
+            "16: slices[1].sources[1].layer_range: expected a decimal number such as 0.01 or 1e-3, got 'x'",
+        ],
+    ),
+    "keys of slices in wrong places": (
+        SLICES.replace("layer_range: [0, 2]\n", "layer_rang: [0, 2]\n")
+        .replace("density: 0.5", "tau: 0.5")
+        .replace("    base_model: ../recipes/base", "    weight: 1\n    scope: layer\n    residual_weight: 1"),
+        [
+            "5: slices[0].sources[0].layer_range: is missing; give the layers that the slice takes of every model, "
+            "such as [0, 32]",
+            "6: slices[0].sources[0].layer_rang: unknown key; did you mean 'layer_range'?",
+            "11: slices[0].parameters.tau: belongs under the recipe's parameters; a slice's own are density, weight, t",
+            "18: slices[1].weight: belongs under slices[1].parameters",
+            "19: slices[1].scope: belongs under the recipe's parameters",
+            "20: slices[1].residual_weight: is not supported; remove it; mergekit does not use it either",
+        ],
+    ),
+    "a slice without sources": (
+        "merge_method: cpi\nbase_model: b\nslices:\n  - parameters: {density: 0}",
+        [
+            "4: slices[0].sources: is missing; list the models of the slice, each as '- model: DIRECTORY' with a "
+            "layer_range"
+        ],
+    ),
+    "slices as a mapping": (
+        "merge_method: cpi\nbase_model: b\nslices: {sources: []}",
+        ["3: slices: expected a list ([a, b], or lines that begin with '- '), got a mapping"],
+    ),
+    "no slices": (
+        "merge_method: cpi\nbase_model: b\nslices: []",
+        ["3: slices: is an empty list; give it an entry or remove it"],
+    ),
+    "t of a slice and weight of a source": (
+        SLICES.replace("density: 0.5", "t: 0.5"),
+        ["11: slices[0].parameters.t: sets a constant factor, so weight has no effect; remove one"],
+    ),
+    "parameters of the base": (
+        entry("  - {model: ./base, parameters: {weight: 1}}"),
+        ["6: models[2].parameters: the base is no task; remove them, or give the base a name: to make it one too"],
+    ),
+    "only the base": (
+        "merge_method: cpi\nbase_model: ./base\nmodels: [{model: base}]",
+        ["3: models: has only the base; list its fine-tunes"],
+    ),
     "another method": (
         HEAD.replace("cpi", "ties"),
         [
-            "1: merge_method: 'ties' is not supported; cpimerge has one method, cpi: with equal weights and lambda 1 it "
-            "is cpi with conflict: elect, space: delta and rest: 0, see recipes/ties.yml"
+            "1: merge_method: 'ties' is not supported; cpimerge has one method, cpi: with equal weights and lambda 1 "
+            "it is cpi with conflict: elect, space: delta and rest: 0, see recipes/ties.yml"
         ],
     ),
     "an unknown method": (
