@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .ties import Twins
 
 __all__ = [
     "Checkpoint",
@@ -47,6 +50,8 @@ REFUSED_BYTES = {
 }
 ITEM_BYTES = FLOAT_BYTES | COPIED_BYTES | REFUSED_BYTES
 FLOAT_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+HEADS = ("lm_head", "embed_out", "output", "decoder")  # what models call the layer that may be tied to the embeddings
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -176,6 +181,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     adapter: Path | None = None
     notes: tuple[str, ...] = ()  # what was noticed when it was opened
+    twins: tuple[Twins, ...] = ()  # what was taken to be equal when it was laid onto the base (see ties.py)
 
     @property
     def where(self) -> Path:
@@ -183,14 +189,33 @@ class Checkpoint:
         return self.adapter or self.path
 
     @property
+    def directories(self) -> tuple[Path, ...]:
+        """The model's and the adapter's."""
+        return (self.path,) if self.adapter is None else (self.path, self.adapter)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What a thread that reads it must hold at most beside the buffers that it reads into."""
+        return max((info.scratch_bytes for info in self.tensors.values()), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def tied(self) -> bool | None:
+        """Whether its config says that the output head is the input embedding; None: it does not say."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(config.get("tie_word_embeddings"), bool):
+                return config["tie_word_embeddings"] is True
+        return None
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether its config says that the output head is the input embedding."""
-        return self.config.get("tie_word_embeddings") is True
+        return self.tied is True
 
 
 @lru_cache(1 << 16)  # every checkpoint has the same names
@@ -200,6 +225,7 @@ def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
     return tuple((0, int(run)) if run.isdigit() and run.isascii() else (1, run) for run in runs), name
 
 
+@lru_cache(1 << 16)
 def layer_of(name: str) -> str:
     """The name up to and including its first all-digit component (`model.layers.3.`); '' where it has none."""
     parts = name.split(".")
@@ -220,9 +246,12 @@ def collect(path: Path, problems: list[str]) -> Iterator[None]:
         problems.append(f"{path}: cannot be read: {error.strerror}")
 
 
-def read_header(file: Path) -> Shard:
-    """Read and validate one safetensors header. Raises CheckpointError listing all its problems, or OSError."""
-    size = file.stat().st_size
+def read_header(file: Path, size: int | None = None) -> Shard:
+    """Read and validate one safetensors header. Raises CheckpointError listing all its problems, or OSError.
+
+    `size` is the whole file's, in bytes, where `file` holds no more than its header.
+    """
+    size = file.stat().st_size if size is None else size
     with open(file, "rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
@@ -344,7 +373,10 @@ def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        text = raw.decode("utf-8")
+        value = json.loads(text)
+        if not _keeps_every_key(value, text):
+            value = json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
         raise CheckpointError(f"{file}: its JSON is nested too deeply. {AGAIN}") from error
     except ValueError as error:
@@ -352,3 +384,15 @@ def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}. {AGAIN}")
     return value
+
+
+def _keeps_every_key(value: Any, text: str) -> bool:
+    """Whether an object as parsed has all the keys of its text, so that none of them stands twice; False if unsure.
+
+    Without backslashes a quote stands only where a string begins or ends, and a colon after it makes that a key. This
+    is faster by far than to look at every object as it is parsed, and a header may have a hundred thousand of them.
+    """
+    if "\\" in text or not isinstance(value, dict):
+        return False
+    keys = len(value) + sum(len(entry) for entry in value.values() if isinstance(entry, dict))
+    return keys == len(re.findall(r'"[ \t\n\r]*:', text))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import filecmp
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
-from .checkpoint import CONFIG, FLOAT_NAMES, REFUSED_BYTES, Checkpoint, Tensor
+from .checkpoint import CONFIG, FLOAT_NAMES, HEADS, REFUSED_BYTES, Checkpoint, Tensor
+from .plan_file import Vocabulary
 
-__all__ = ["differences", "notes", "refused_dtypes"]
+__all__ = ["HEADS", "differences", "notes", "refused_dtypes"]
 
 # Keys of config.json that may differ without any effect on what the weights mean.
 COSMETIC_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-HEADS = ("lm_head", "embed_out", "output", "decoder")  # what models call the layer that may be tied to the embeddings
 EMBEDDINGS = ("embed", "wte", *HEADS)
 MAX_COMPARED_NAMES = 10_000  # pairs; beyond it a search for similar names takes too long
 
@@ -31,8 +31,11 @@ def refused_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def differences(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    """Every tensor of `other` that does not fit the base in name, shape or kind of dtype; in the order of the names."""
+def differences(base: Checkpoint, other: Checkpoint, explained: Container[str] = ()) -> Iterator[str]:
+    """Every tensor of `other` that does not fit the base in name, shape or kind of dtype; in the order of the names.
+
+    `explained`: names of tensors whose shape another problem speaks of.
+    """
     missing = [name for name in base.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in base.tensors]
     if prefix := _prefix(missing, extra):
@@ -45,7 +48,7 @@ def differences(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
     yield from (_missing(base, other, name, similar) for name in missing)
     yield from (_extra(base, other, name) for name in extra)
     for name, expected in base.tensors.items():
-        if name in other.tensors and not _fit(expected, other.tensors[name]):
+        if name in other.tensors and name not in explained and not _fit(expected, other.tensors[name]):
             yield _mismatch(base, other, name)
 
 
@@ -69,10 +72,6 @@ def _renamed(base: Checkpoint, other: Checkpoint, prefixes: tuple[str, str], cou
 
 def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[str]) -> str:
     where = f"{other.where}: tensor {name!r}: missing, though {base.path} has it. "
-    if _is_head(name) and other.ties_embeddings:
-        if base.ties_embeddings:
-            return where + "Both configs tie it to the embeddings: load the base with transformers and save it without"
-        return where + "Its config ties it to the embeddings: save the model untied, or merge onto a tied base"
     if not base.tensors[name].is_float:
         return where + "It is a buffer that newer transformers do not save: load the base with transformers and save it"
     close = difflib.get_close_matches(name, similar, 1, 0.8)
@@ -81,15 +80,7 @@ def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[s
 
 def _extra(base: Checkpoint, other: Checkpoint, name: str) -> str:
     where = f"{other.where}: tensor {name!r}: not in {base.path}. "
-    if _is_head(name) and base.ties_embeddings:
-        if other.ties_embeddings:
-            return where + "Both configs tie it to the embeddings: load the model with transformers and save it without"
-        return where + "The base's config ties it to the embeddings: save the model tied, or merge onto an untied base"
     return where + "Remove it from the checkpoint, or merge onto a base that has it"
-
-
-def _is_head(name: str) -> bool:
-    return name.removesuffix(".weight").rsplit(".", 1)[-1] in HEADS
 
 
 def _fit(expected: Tensor, got: Tensor) -> bool:
@@ -113,18 +104,23 @@ def _kind(info: Tensor) -> str:
     return f"{FLOAT_NAMES.get(info.dtype, info.dtype)} {list(info.shape)}"
 
 
-def notes(base: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    """What differs and can be merged all the same. Raises OSError where a tokenizer file cannot be read."""
+def notes(base: Checkpoint, other: Checkpoint, vocabulary: Vocabulary | None = None) -> Iterator[str]:
+    """What differs and can be merged all the same; `vocabulary` is that of both, where theirs differ.
+
+    Raises OSError where a tokenizer file cannot be read.
+    """
     pairs = ((info, other.tensors[name]) for name, info in base.tensors.items() if name in other.tensors)
     mixed = Counter((ours.dtype, theirs.dtype) for ours, theirs in pairs if ours.is_float and theirs.is_float)
     for (expected, got), count in mixed.items():
         if expected != got:
             yield f"{other.where}: {count} tensors are {FLOAT_NAMES[got]} where the base has {FLOAT_NAMES[expected]}"
-    keys = sorted((base.config.keys() | other.config.keys()) - COSMETIC_CONFIG)
+    cosmetic = COSMETIC_CONFIG | ({"vocab_size"} if vocabulary else set())
+    keys = sorted((base.config.keys() | other.config.keys()) - cosmetic)
     differing = [key for key in keys if base.config.get(key) != other.config.get(key)]
     if base.config and other.config and differing:
         yield f"{other.where}: {CONFIG} differs from the base's in {', '.join(differing)}; the output takes the base's"
+    joined = " with the tokens joined to it" if vocabulary and vocabulary.joined else ""
     for name in TOKENIZER_FILES:
         ours, theirs = base.path / name, other.where / name
         if ours.is_file() and theirs.is_file() and not filecmp.cmp(ours, theirs, shallow=False):
-            yield f"{other.where}: {name} differs from the base's; the output takes the base's"
+            yield f"{other.where}: {name} differs from the base's; the output takes the base's{joined}"
