@@ -5,38 +5,54 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
 from .plan_file import Plan
+from .references import HubModel
 
-__all__ = ["model_card", "model_name", "recipe_without_places"]
+__all__ = ["hub_place", "model_card", "model_name", "recipe_without_places"]
 
-CACHED = re.compile(r"models--(?P<id>.+)/snapshots/[^/]+$")  # in the Hugging Face cache
+CACHED = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)$")  # in the Hugging Face cache
 # An absolute path in YAML, up to what may end a value; not the rest of a relative path or of an address.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.*/:~-])(?:~[\w.-]*)?/[^\s"',}\]]*""")
 
 
+def hub_place(path: str) -> HubModel | None:
+    """The model on the Hub that a directory of the Hub's cache holds, at its commit; None for other directories."""
+    cached = CACHED.search(path)
+    return HubModel(cached["id"].replace("--", "/", 1), cached["revision"]) if cached else None
+
+
 def model_name(path: str) -> str:
     """What to call a checkpoint in public: its id on the Hub if the Hub's cache has it, else its directory's name."""
-    cached = CACHED.search(path)
-    return cached["id"].replace("--", "/", 1) if cached else Path(path).name
+    place = hub_place(path)
+    return place.name if place else Path(path).name
+
+
+def _paths(plan: Plan) -> list[str]:
+    """Every directory that was read, of models and of adapters."""
+    return [path for entry in plan.inputs for path in (entry.path, entry.adapter) if path]
 
 
 def recipe_without_places(plan: Plan) -> str:
     """The recipe as written, but for absolute paths: these say more about a machine than about a model."""
     recipe = plan.recipe
-    for entry in sorted(plan.inputs, key=lambda entry: -len(entry.path)):
-        recipe = recipe.replace(entry.path, model_name(entry.path))
+    for path in sorted(_paths(plan), key=len, reverse=True):
+        recipe = recipe.replace(path, model_name(path))
     return ABSOLUTE_PATH.sub(lambda found: model_name(found[0].rstrip("/")), recipe)
 
 
-def model_card(plan: Plan) -> str:
-    """README.md: metadata that the Hub understands, then how the model came about."""
-    names = {entry.name: model_name(entry.path) for entry in plan.inputs}
+def model_card(plan: Plan, library: str | None) -> str:
+    """README.md: metadata that the Hub understands, then how the model came about.
+
+    The Hub takes what `base_model` says for its own models, so directories that it does not know are not listed.
+    """
+    from huggingface_hub import ModelCardData  # which a mistake in the recipe need not wait for
+
+    names = {entry.name: model_name(entry.adapter or entry.path) for entry in plan.inputs}
+    known = list(dict.fromkeys(place.name for path in _paths(plan) if (place := hub_place(path))))
     data = ModelCardData(
-        base_model=list(dict.fromkeys(names.values())),
-        base_model_relation="merge",
-        library_name="transformers",
+        base_model=known or None,
+        base_model_relation="merge" if known else None,
+        library_name=library,
         tags=["merge", "cpimerge"],
     )
     actions = plan.actions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,15 +11,30 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .card import model_card, model_name, recipe_without_places
-from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, WEIGHTS
-from .plan_file import Plan, TensorPlan, plan_hash
+import xxhash
+
+from .card import hub_place, model_card, model_name, recipe_without_places
+from .chat_template import write_template
+from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, WEIGHTS, is_unicode
+from .plan_file import Input, Plan, TensorPlan, plan_hash
+from .union_tokenizer import Edit, union_edits
 from .writer import ShardLayout, index_json
 
-__all__ = ["companion_files", "module_weights", "unreadable", "write_companions"]
+__all__ = [
+    "MANIFEST",
+    "companion_bytes",
+    "companion_files",
+    "is_weights",
+    "module_weights",
+    "unreadable",
+    "write_companions",
+]
 
 MANIFEST = "cpimerge_manifest.json"
 MODULES = "modules.json"
+CARD = "README.md"
+# Of card, headers, index and manifest: for the whole, a tensor, and an angle of its blend. Names are rarely longer.
+JSON_BYTES, TENSOR_JSON_BYTES, ANGLE_JSON_BYTES = 10_000, 500, 30
 DTYPE_WORDS = {*FLOAT_NAMES.values(), "float64"}
 # Not copied from the base: weights in any form ...
 WEIGHTS_IN_ANY_FORM = (
@@ -29,7 +45,7 @@ WEIGHTS_IN_ANY_FORM = (
 STATE = (
     *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
     *("events.out.*", "zero_to_fp32.py", "latest", "*_results.json"),
-    *("README.md", ".*", "mergekit_config.yml", MANIFEST),
+    *(CARD, ".*", "mergekit_config.yml", MANIFEST),
 )
 NOT_ENTERED = (
     *(".*", "checkpoint-*", "global_step*", "runs", "logs", "wandb", "__pycache__"),
@@ -41,19 +57,36 @@ def write_companions(
     plan: Plan, plan_dir: Path, base: Path, out: Path, layouts: Sequence[ShardLayout], sha256: Mapping[str, str]
 ) -> dict[str, Any]:
     """Complete the output directory around its shards; returns the manifest."""
+    edits = companion_edits(plan)
     for source in companion_files(base):
         target = out / source.relative_to(base)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source == base / CONFIG:
-            target.write_bytes(config_with_dtype(source.read_bytes(), _main_dtype(plan)))
-        else:
+        edit = edits.get(str(source.relative_to(base)))
+        if edit is None:
             shutil.copyfile(source, target)
+        else:
+            target.write_bytes(edit(source.read_bytes()))
     if len(layouts) > 1:
         (out / INDEX).write_text(index_json(layouts), encoding="utf-8")
-    (out / "README.md").write_text(model_card(plan), encoding="utf-8")
-    manifest = _manifest(plan, plan_dir, sha256)
+    if plan.chat_template is not None:
+        write_template(out, plan.chat_template)
+    (out / CARD).write_text(model_card(plan, _library(base)), encoding="utf-8")
+    manifest = _manifest(plan, plan_dir, _contents(out, sha256))
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
+
+
+def companion_edits(plan: Plan) -> Mapping[str, Edit]:
+    """What becomes of the content of the base's files, by path in it; others are copied."""
+    edits = union_edits(plan.vocabulary)
+    resize = edits.get(CONFIG, bytes)
+    return {**edits, CONFIG: lambda raw: config_with_dtype(resize(raw), _main_dtype(plan))}
+
+
+def companion_bytes(base: Path, tensors: int, members: int) -> int:
+    """About what an output holds beside the data of its tensors. Raises OSError for unreadable folders."""
+    copied = sum(file.stat().st_size for file in companion_files(base))
+    return copied + JSON_BYTES + tensors * (TENSOR_JSON_BYTES + members * ANGLE_JSON_BYTES)
 
 
 def companion_files(base: Path) -> Iterator[Path]:
@@ -90,13 +123,20 @@ def _modules(base: Path) -> set[Path]:
 
 def module_weights(base: Path) -> Iterator[Path]:
     """Weights that lie in folders of their own, such as sentence-transformers' `2_Dense`: copied, not merged."""
-    return (file for file in companion_files(base) if _matches(file.name, WEIGHTS_IN_ANY_FORM))
+    return (file for file in companion_files(base) if is_weights(file.name))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, in whatever form, or is their index."""
+    return _matches(name, WEIGHTS_IN_ANY_FORM)
 
 
 def unreadable(base: Path) -> Iterator[str]:
     """A problem for each companion that cannot be copied, so that no merge fails at its end."""
     for file in companion_files(base):
-        if not (file.is_file() and os.access(file, os.R_OK)):
+        if not is_unicode(str(file.relative_to(base))):
+            yield f"{str(file)!r}: its name is not Unicode, and the output needs it too. Rename or remove it"
+        elif not (file.is_file() and os.access(file, os.R_OK)):
             yield f"{file}: cannot be read, and the output needs it too. Complete the download, or remove it"
 
 
@@ -141,21 +181,60 @@ def _set_dtype(node: Any, dtype: str) -> bool:
     return changed
 
 
-def _manifest(plan: Plan, plan_dir: Path, sha256: Mapping[str, str]) -> dict[str, Any]:
+def _library(base: Path) -> str | None:
+    """What loads the model, as the Hub calls it; None where nothing tells."""
+    if (base / MODULES).is_file():
+        return "sentence-transformers"
+    config = json.loads((base / CONFIG).read_bytes()) if (base / CONFIG).is_file() else {}
+    return "transformers" if "model_type" in config or "architectures" in config else None
+
+
+def _manifest(plan: Plan, plan_dir: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
     """What is in the output and where it came from; nothing about this machine's directories."""
-    inputs = [entry.model_dump(exclude={"path"}) | {"model": model_name(entry.path)} for entry in plan.inputs]
     return {
         "format": "cpimerge manifest",
         "version": 1,
         "cpimerge": plan.cpimerge,
         "plan_xxh3": plan_hash(plan_dir),
         "recipe": recipe_without_places(plan),
-        "inputs": inputs,
+        "inputs": [_identity(plan, entry) for entry in plan.inputs],
         "stages": plan.stages,
         "backbone": plan.backbone,
-        "shards": {filename: {"sha256": digest} for filename, digest in sha256.items()},
+        **contents,
         "tensors": {tensor.name: disposition(tensor) for tensor in plan.tensors},
     }
+
+
+def _identity(plan: Plan, entry: Input) -> dict[str, Any]:
+    """An input in public: what it is called, its files, and the xxh3-128 of what its tensors are called and hold.
+
+    `revision` is the commit of the Hub, where the Hub's cache names it. The same tensors in other shards have the
+    same `content_xxh3`.
+    """
+    content = json.dumps([[tensor.name, tensor.xxh3[entry.name]] for tensor in plan.tensors]).encode()
+    place = hub_place(entry.path)
+    return entry.model_dump(exclude={"path", "adapter", "scratch_bytes"}) | {
+        "model": model_name(entry.path),
+        "adapter": entry.adapter and model_name(entry.adapter),
+        "revision": place and place.revision,
+        "content_xxh3": xxhash.xxh3_128_hexdigest(content),
+    }
+
+
+def _contents(out: Path, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """Size and sha256 of every file that is in the output by now: the shards, and all others."""
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    described = {file.relative_to(out).as_posix(): {"size": file.stat().st_size} for file in files}
+    others: dict[str, dict[str, Any]] = {
+        name: entry | {"sha256": _sha256(out / name)} for name, entry in described.items() if name not in sha256
+    }
+    shards = {name: described[name] | {"sha256": digest} for name, digest in sha256.items()}
+    return {"shards": shards, "files": others}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def disposition(tensor: TensorPlan) -> dict[str, Any]:

