@@ -89,7 +89,7 @@ def slice_problems(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
         stacks = ", ".join(repr(stack) for stack in last) or "none"
         yield f"{where}: one stack of layers is needed, and the base has {stacks}. List the checkpoints under models"
     elif (layers := next(iter(last.values())) + 1) != end.stop:
-        fault = f"leave out layers {end.stop} to {layers - 1}" if end.stop < layers else f"end before layer {end.stop}"
+        fault = f"leave out layers {end.stop} to {layers - 1}" if end.stop < layers else f"go on to layer {end.stop - 1}"
         yield (
             f"{where}: {fault}, and the base has layers 0 to {layers - 1}. Slices must cover them all; "
             "use mergekit for a merge of parts"

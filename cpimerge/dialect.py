@@ -69,6 +69,7 @@ NOT_SUPPORTED = {
     "experts": _OF_ANOTHER_PROGRAM,
     "gate_mode": _OF_ANOTHER_PROGRAM,
     "genome": _OF_ANOTHER_PROGRAM,
+    "tasks": _OF_ANOTHER_PROGRAM,
 }
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 

@@ -163,6 +163,7 @@ class Plan(_Model):
     backbone: str
     fold: list[str]
     notes: list[str]
+    chat_template: str | None = None  # of the output; None: the base's
     coefficients_xxh3: str | None
     seal: str = ""  # xxh3-128 over what must not be edited; `sealed` sets it, `load` checks it
     tensors: list[TensorPlan] = Field(repr=False)

@@ -106,6 +106,7 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
         backbone=backbone,
         fold=members,
         notes=list(inputs.notes),
+        chat_template=inputs.chat_template,
         coefficients_xxh3=coefficients_xxh3,
         tensors=[_tensor(inputs, spec, findings[spec.name], files, blends.get(spec.name)) for spec in inputs.tensors],
     )

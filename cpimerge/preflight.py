@@ -14,9 +14,11 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from .chat_template import settle_template
 from .checkpoint import FLOAT_NAMES, Checkpoint, Tensor, collect, is_unicode, layer_of
 from .companions import module_weights, unreadable
 from .compatibility import differences, notes, refused_dtypes
+from .depths import positions, side_problems, slice_problems
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
 from .models import locate, open_model
 from .recipe import Recipe, Setting, Task, matches
@@ -70,6 +72,7 @@ class Inputs:
     checkpoints: tuple[Checkpoint, ...]
     tensors: tuple[TensorSpec, ...]  # natural-sorted by name
     notes: tuple[str, ...]
+    chat_template: str | None = None  # of the output; None: the base's
 
     @cached_property
     def nbytes(self) -> int:
@@ -109,7 +112,7 @@ def check(recipe: Recipe) -> Inputs:
 
     Raises RecipeError, CheckpointError or IncompatibleError, listing all problems of all checkpoints at once.
     """
-    findings = _Findings()
+    findings = _Findings(notes=list(recipe.notes))
     references = _references(recipe)
     base = _open(recipe.base, None, findings)
     opened = {recipe.base: base}
@@ -126,8 +129,9 @@ def check(recipe: Recipe) -> Inputs:
     tensors = tuple(_specs(recipe, checkpoints))
     findings.recipe.extend(_budget_problems(recipe, tensors))
     findings.recipe.extend(_weight_problems(recipe, tensors))
+    template = settle_template(recipe.chat_template, checkpoints, findings.checkpoints, findings.notes)
     findings.raise_any()
-    return Inputs(recipe, tuple(checkpoints), tuple(checkpoints.values()), tensors, tuple(findings.notes))
+    return Inputs(recipe, tuple(checkpoints), tuple(checkpoints.values()), tensors, tuple(findings.notes), template)
 
 
 def _references(recipe: Recipe) -> dict[str, Reference]:
@@ -156,6 +160,8 @@ def _open(reference: Reference, base: Checkpoint | None, findings: _Findings) ->
 def _check_base(base: Checkpoint, recipe: Recipe, findings: _Findings) -> None:
     """What only the base must do: have the tensors that filters speak of, and give the output its other files."""
     findings.recipe.extend(_filter_problems(recipe, list(base.tensors)))
+    wrong = list(slice_problems(recipe, base.tensors))
+    findings.recipe.extend(wrong or side_problems(recipe, base.tensors))
     with collect(base.path, findings.checkpoints):
         findings.checkpoints.extend(unreadable(base.path))
         findings.notes.extend(
@@ -181,22 +187,19 @@ def _filter_problems(recipe: Recipe, names: list[str]) -> Iterator[str]:
 def _filters(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
     """(key, filter, line) of every filter in the recipe."""
     for name in ("density", "weight", "t"):
-        for key, setting in _settings(recipe, name):
+        for setting in _settings(recipe, name):
             for rule in setting.rules:
                 if rule.filter is not None:
-                    yield key, rule.filter, rule.line
+                    yield rule.key, rule.filter, rule.line
     for exclude in recipe.exclude:
         yield "parameters.exclude", exclude.filter, exclude.line
 
 
-def _settings(recipe: Recipe, name: str) -> Iterator[tuple[str, Setting]]:
-    """The recipe's own setting called `name`, then the tasks', each with its key as the recipe writes it."""
-    owners: list[tuple[str, Recipe | Task]] = [("", recipe)]
-    owners += [(f"models[{number}].", task) for number, task in enumerate(recipe.tasks)]
-    for prefix, owner in owners:
-        setting: Setting | None = getattr(owner, name)
-        if setting is not None:
-            yield f"{prefix}parameters.{name}", setting
+def _settings(recipe: Recipe, name: str) -> Iterator[Setting]:
+    """The recipe's own setting called `name`, then the tasks'."""
+    owners: list[Recipe | Task] = [recipe, *recipe.tasks]
+    settings: Iterator[Setting | None] = (getattr(owner, name) for owner in owners)
+    return (setting for setting in settings if setting is not None)
 
 
 def _nearest(filter: str, names: Iterable[str]) -> str:
@@ -208,12 +211,12 @@ def _nearest(filter: str, names: Iterable[str]) -> str:
 
 def _specs(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> Iterator[TensorSpec]:
     base = checkpoints["base"]
-    depth = _depths(base.tensors)
+    place = positions(base.tensors, recipe.slices)
     for name, info in base.tensors.items():
         excluded = any(matches(exclude.filter, name) for exclude in recipe.exclude)
 
-        def settled(of: Callable[[Task, str, Fraction], Any], name: str = name) -> tuple[Any, ...]:
-            return tuple(of(task, name, depth[name]) for task in recipe.tasks)
+        def settled(of: Callable[[Task, str, Fraction, int], Any], name: str = name) -> tuple[Any, ...]:
+            return tuple(of(task, name, place[name].depth, place[name].slices[0]) for task in recipe.tasks)
 
         yield TensorSpec(
             name=name,
@@ -227,28 +230,13 @@ def _specs(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> Iterator[Tenso
         )
 
 
-def _depths(names: Iterable[str]) -> dict[str, Fraction]:
-    """Where each tensor lies between the first layer (0) and the last (1) of its stack; 0 outside the layers.
-
-    As in mergekit, where a gradient's first value serves all that is not in a layer.
-    """
-    layer_numbers: dict[str, tuple[str, int]] = {}
-    for name in names:
-        *stack, number = layer_of(name).rstrip(".").split(".")
-        layer_numbers[name] = (".".join(stack), int(number) if number else 0)
-    last: dict[str, int] = {}
-    for place, depth in layer_numbers.values():
-        last[place] = max(last.get(place, 0), depth)
-    return {name: Fraction(depth, last[place] or 1) for name, (place, depth) in layer_numbers.items()}
-
-
 def _budget_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[str]:
     """Tensors that share a budget must have one density for each task."""
     uneven: dict[tuple[str, int], dict[str, None]] = {}  # key and line of the setting -> pools, in order
     for (_, pool_name), pool in pools(tensors, recipe.scope).items():
-        for number in range(len(recipe.tasks)):
+        for number, task in enumerate(recipe.tasks):
             if len({spec.density[number] for spec in pool}) > 1:
-                uneven.setdefault(_density_place(recipe, number), {})[pool_name] = None
+                uneven.setdefault(_density_place(recipe, task), {})[pool_name] = None
     for (key, line), names in uneven.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield (
@@ -257,12 +245,10 @@ def _budget_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[
         )
 
 
-def _density_place(recipe: Recipe, number: int) -> tuple[str, int]:
+def _density_place(recipe: Recipe, task: Task) -> tuple[str, int]:
     """Key and line of the density that decides for a task: its own, else the recipe's."""
-    settings = dict(_settings(recipe, "density"))
-    own, shared = f"models[{number}].parameters.density", "parameters.density"
-    key = own if own in settings else shared
-    return key, settings[key].rules[0].line
+    rule = next(filter(None, (task.density, recipe.density))).rules[0]
+    return rule.key, rule.line
 
 
 def _weight_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[str]:
@@ -271,10 +257,10 @@ def _weight_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[
     weightless = [spec.name for spec in tensors if spec.is_float and not any(spec.weight)]
     if not weightless or backbone_weighs:
         return
-    key, setting = next(_settings(recipe, "weight"))
+    rule = next(_settings(recipe, "weight")).rules[0]
     more = f" and {len(weightless) - 1} more" if len(weightless) > 1 else ""
     yield (
-        f"{recipe.file or 'recipe'}:{setting.rules[0].line}: {key}: every task's weight is 0 for tensor "
+        f"{recipe.file or 'recipe'}:{rule.line}: {rule.key}: every task's weight is 0 for tensor "
         f"{weightless[0]!r}{more}. Give one of the tasks a weight there"
     )
 

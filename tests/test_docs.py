@@ -25,7 +25,11 @@ from cpimerge.recipe_schema import (
     OwnSettings,
     Scope,
     Seeded,
+    Slice,
+    SliceSettings,
+    Source,
     Space,
+    Tokenizer,
     Vocabulary,
     _DensityRule,
     _Model,
@@ -35,6 +39,8 @@ from cpimerge.tinylm import Schedule, Shape
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MERGEKIT = (ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
+KEYS_OF_MERGEKIT = {"slices", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "normalize", "int8_mask"}
 WALK = "Three minutes with a recipe"
 DEMO = "cpimerge demo --output demo"
 BY_HAND = Path("demo/by-hand.yml")
@@ -101,12 +107,20 @@ def rows() -> dict[str, str]:
 
 
 def test_the_tables_have_every_key_and_no_other() -> None:
-    assert rows().keys() == Document.model_fields.keys() - {"parameters"} | _Shared.model_fields.keys()
+    own = (Document.model_fields.keys() | _Shared.model_fields.keys()) - {"parameters"} - KEYS_OF_MERGEKIT
+    assert rows().keys() - KEYS_OF_MERGEKIT == own
 
 
 @pytest.mark.parametrize("schema", [Document, _Model, OwnSettings, _Shared, Seeded, FilteredValue, _DensityRule])
 def test_every_key_is_in_the_recipe_reference(schema: type[BaseModel]) -> None:
-    assert schema.model_fields.keys() <= code(section("Recipe reference"))
+    assert schema.model_fields.keys() - KEYS_OF_MERGEKIT <= code(section("Recipe reference"))
+
+
+@pytest.mark.parametrize("schema", [Document, Slice, SliceSettings, Source, Tokenizer, _Shared])
+def test_every_key_of_mergekit_is_in_its_document(schema: type[BaseModel]) -> None:
+    own = KEYS_OF_MERGEKIT | Source.model_fields.keys() | Tokenizer.model_fields.keys()
+    read = MERGEKIT.split("\n## What is read\n")[1].split("\n## ")[0]
+    assert schema.model_fields.keys() & own <= code(read)
 
 
 @pytest.mark.parametrize("key", CHOICES)
