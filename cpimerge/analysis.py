@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from itertools import groupby, islice
+from itertools import groupby, islice, repeat
 from operator import add
 from typing import Any
 
@@ -36,6 +36,7 @@ from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import Inputs, TensorSpec, pools
 from .selection import Bracket, everything, narrow, pick
 from .shelf import Shelf, Shelved
+from .singles import is_single, settle_singles
 from .stream import BLOCK_CHUNKS, CHUNK, Progress, Workers, chunks, row_count
 
 __all__ = ["SMALL", "SMALL_ROWS", "Analysis", "Findings", "content_hash", "examine", "is_small", "pool_rows"]
@@ -111,7 +112,13 @@ class Analysis:
     def _examine_all(self, some: list[Pool]) -> list[Result]:
         """Small pools, on this worker."""
         granularity, passes = self.inputs.recipe.granularity, self._passes()
-        return [result for pool in some for result in examine(pool, granularity, passes, map)]
+        results: list[Result] = []
+        for single, group in groupby(some, key=lambda pool: len(pool) == 1 and is_single(pool[0], granularity)):
+            pools = list(group)
+            together = settle_singles([pool[0] for pool in pools], granularity, passes) if single else repeat([])
+            for pool, found in zip(pools, together, strict=False):
+                results += found or examine(pool, granularity, passes, map)
+        return results
 
     def _share(self, some: list[Pool]) -> Iterator[Result]:
         """Large pools, on all workers."""
@@ -318,7 +325,7 @@ def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str
 
 
 def _where(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
-    return f"{inputs.checkpoints[checkpoint].path}: tensor {spec.name!r}: flat index {place}"
+    return f"{inputs.checkpoints[checkpoint].where}: tensor {spec.name!r}: flat index {place}"
 
 
 def _batches(every: Iterable[Pool], granularity: str) -> Iterator[tuple[bool, list[list[Pool]]]]:

@@ -6,10 +6,13 @@ hold. So they wait in a file.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -81,17 +84,17 @@ class Folder:
 
     def fold_all(self, tensors: Iterable[TensorSpec], directory: Path) -> tuple[dict[str, Blend], str | None]:
         """The blend of each tensor by name; under granularity row also coefficients.npy, and its xxh3-128."""
+        ordered = sorted(tensors, key=lambda spec: self.first_row.get(spec.name, 0))
         if self.inputs.recipe.granularity == "tensor":
-            return {spec.name: self._tensor(spec) for spec in tensors}, None
+            return self._whole_tensors(ordered), None
         digest = xxhash.xxh3_128()
         blends = {}
-        ordered = sorted(tensors, key=lambda spec: self.first_row.get(spec.name, 0))
         shape = (self.grams.rows, len(self.members))
         with open(directory / COEFFICIENTS_FILE, "xb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for spec in ordered:
                 summary = _RowSummary()
-                for part in self._folds(spec):
+                for part in self._folds(self._omegas(spec), self.first_row.get(spec.name, 0), self._rows(spec)):
                     data = np.ascontiguousarray(part.coefficients, "<f4").tobytes()
                     file.write(data)
                     digest.update(data)
@@ -99,28 +102,49 @@ class Folder:
                 blends[spec.name] = summary.blend()
         return blends, digest.hexdigest()
 
-    def _tensor(self, spec: TensorSpec) -> Blend:
-        for part in self._folds(spec):
-            angles = np.degrees(part.angles[0])
-            return Blend(
-                coefficients=part.coefficients[0].tolist(),
-                angles=[None if np.isnan(angle) else float(angle) for angle in angles],
-                steps=angles.size,
-                slerped=int(part.slerped.sum()),
-            )
-        return Blend(coefficients=[0.0] * len(self.members), angles=[], steps=0, slerped=0)  # an empty tensor
+    def _whole_tensors(self, ordered: Sequence[TensorSpec]) -> dict[str, Blend]:
+        """Tensors of one vector each; those that follow one another and share their weights are folded together."""
+        nothing = Blend(coefficients=[0.0] * len(self.members), angles=[], steps=0, slerped=0)
+        blends = {spec.name: nothing for spec in ordered if not self._rows(spec)}
+        for omegas, group in groupby((spec for spec in ordered if self._rows(spec)), key=self._omegas):
+            specs = list(group)
+            parts = self._folds(omegas, self.first_row[specs[0].name], len(specs))
+            for spec, blend in zip(specs, (blend for part in parts for blend in _blends(part)), strict=True):
+                blends[spec.name] = blend
+        return blends
 
-    def _folds(self, spec: TensorSpec) -> Iterator[Fold]:
-        recipe = self.inputs.recipe
-        numbers = {task.name: number for number, task in enumerate(recipe.tasks)}
-        gram_names = self.inputs.names[self.inputs.first_member :]
-        order = [gram_names.index(member) for member in self.members]
-        tasks = [numbers.get(member) for member in self.members]  # None: a backbone that is no task counts as 1
-        weights = tuple(Fraction(1) if task is None else spec.weight[task] for task in tasks)
-        omegas = shares(weights, tuple(None if task is None else spec.t[task] for task in tasks))
-        rows = row_count(spec.shape, recipe.granularity)
-        for gram in self.grams.read(self.first_row.get(spec.name, 0), rows):
-            yield fold(gram, order, omegas, float(recipe.rest))
+    def _rows(self, spec: TensorSpec) -> int:
+        return row_count(spec.shape, self.inputs.recipe.granularity)
+
+    @cached_property
+    def _tasks(self) -> list[int | None]:
+        """Each member's number among the tasks; None: a backbone that is no task."""
+        numbers = {task.name: number for number, task in enumerate(self.inputs.recipe.tasks)}
+        return [numbers.get(member) for member in self.members]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        """Where each member stands in the Gram matrices."""
+        names = self.inputs.names[self.inputs.first_member :]
+        return [names.index(member) for member in self.members]
+
+    def _omegas(self, spec: TensorSpec) -> tuple[float, ...]:
+        weights = tuple(Fraction(1) if task is None else spec.weight[task] for task in self._tasks)
+        return shares(weights, tuple(None if task is None else spec.t[task] for task in self._tasks))
+
+    def _folds(self, omegas: Sequence[float], first: int, rows: int) -> Iterator[Fold]:
+        for gram in self.grams.read(first, rows):
+            yield fold(gram, self._order, omegas, float(self.inputs.recipe.rest))
+
+
+def _blends(part: Fold) -> Iterator[Blend]:
+    """Of tensors that are one vector each."""
+    rows = np.degrees(part.angles).tolist()
+    for coefficients, row, slerped in zip(
+        part.coefficients.tolist(), rows, part.slerped.sum(axis=1).tolist(), strict=True
+    ):
+        angles = [None if math.isnan(angle) else angle for angle in row]
+        yield Blend(coefficients=coefficients, angles=angles, steps=len(angles), slerped=slerped)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import ITEM_BYTES, Handles, StoredTensor, Tensor
-from .kernels import bitsets, floats
+from .kernels import bitsets, floats, singles
 from .kernels.reading import read_runs
 from .kernels.scanning import Scratch, scratch
 
@@ -128,6 +128,7 @@ class Buffers:
         self.values = np.empty((CHUNK, count), np.float32)
         self.serialized = np.empty(bitsets.most_bytes(CHUNK), np.uint8)
         self.scratch: Scratch = scratch(count)
+        self.singles = singles.work(count, CHUNK, self.places, self.values)
         self.handles = Handles(open_files)
         self.holds: object = None  # what `raw` was read for
 

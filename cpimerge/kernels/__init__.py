@@ -12,6 +12,8 @@ order, W = ⌈n/64⌉ words of 64 elements, U open elements.
     vectors     loops over explicit vector registers: dot products, sums, comparisons
     floats      stored bits ↔ float32
     scanning    the read of `plan`: everything that one look at a chunk can settle, and what was left open
+    differences the read of `inspect`: how two checkpoints differ
+    singles     many small tensors in one go: their thresholds, and all that follows
     bitsets     cores as bits: positions and overlaps
     mixing      the write of `fuse`: the blend
 """

@@ -14,6 +14,31 @@ _pread: Any = types.ExternalFunction("pread", types.intp(types.int32, types.uint
 
 
 @compiled
+def _read(file: int, place: int, size: int, offset: int) -> bool:
+    """Bytes [offset, offset + size) of an open file to the address `place`. False where they could not be read."""
+    done = np.int64(0)
+    while done < size:
+        count = _pread(np.int32(file), np.uintp(place + done), np.uintp(size - done), np.int64(offset + done))
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@compiled
+def read_tensors(files: Counts, offsets: Counts, sizes: Counts, begins: Counts, out: Stored) -> bool:
+    """`sizes` bytes of B tensors from every file, from `offsets` on; all of these int64 [B, C].
+
+    They go to `begins` [B] in the rows of `out` uint8 [C, n]. False where something could not be read.
+    """
+    for b in range(begins.size):
+        for c in range(files.shape[1]):
+            if not _read(files[b, c], out[c].ctypes.data + begins[b], sizes[b, c], offsets[b, c]):
+                return False
+    return True
+
+
+@compiled
 def read_runs(files: Counts, offsets: Counts, items: Counts, starts: Counts, run: int, out: Stored) -> bool:
     """Elements [start, start + run) of a tensor from every file, one run after the other, into the rows of `out`.
 
@@ -25,12 +50,7 @@ def read_runs(files: Counts, offsets: Counts, items: Counts, starts: Counts, run
         size = run * items[c]
         place = out[c].ctypes.data
         for start in starts:
-            offset = offsets[c] + start * items[c]
-            done = np.int64(0)
-            while done < size:
-                count = _pread(np.int32(files[c]), np.uintp(place + done), np.uintp(size - done), offset + done)
-                if count <= 0:
-                    return False
-                done += count
+            if not _read(files[c], place, size, offsets[c] + start * items[c]):
+                return False
             place += size
     return True

@@ -30,6 +30,7 @@ class Look(NamedTuple):
     near: np.uint32
     least: np.uint32
     half: np.float32
+    begin: int = 0  # bytes before the chunk in each row of `raw`
 
 
 class Found(NamedTuple):
@@ -64,10 +65,10 @@ def scratch(checkpoints: int) -> Scratch:
 def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: Found, room: Scratch) -> int:
     """One look at a chunk, when of each core only a bracket of its smallest magnitude is known.
 
-    `raw` uint8 [C, ≥ 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]. A magnitude above `high`
-    uint32 [T] is in the task's core, one below `low` (which is 1 or more) is not, and between them it is open. Adds
-    to `found`, but sets its open elements, and raises its peaks. Returns how many elements are open for some task;
-    those that do not fit into `found.places` are only counted.
+    `raw` uint8 [C, ≥ begin + 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]. A magnitude above
+    `high` uint32 [T] is in the task's core, one below `low` (which is 1 or more) is not, and between them it is open.
+    Adds to `found`, but sets its open elements, and raises its peaks. Returns how many elements are open for some
+    task; those that do not fit into `found.places` are only counted.
     """
     opened = 0
     for begin in range(0, look.size, TILE):
@@ -75,19 +76,20 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
         padded = -(-count // SUM_LANES) * SUM_LANES
         for c in range(kinds.size):
             width = item_bytes(kinds[c])
-            decode(raw[c, width * begin : width * (begin + count)], kinds[c], room.values[c, :count])
-        _half_units(room.values[0, :count], look, room.half)
+            start = look.begin + width * begin
+            decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
+        half_units(room.values[0, :count], look, room.half)
         room.keep[:] = ALL
         room.open[:] = 0
         base = room.values[0].view(np.float32)
         for c in range(1, kinds.size):
             if c > look.tasks:  # a backbone that is no task
-                _differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
+                differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
                 found.peaks[c - 1] = max(found.peaks[c - 1], _peak(room.magnitude[:count]))
                 continue
             t = c - 1
             task = room.values[c, :count].view(np.float32)
-            _look_at(task, room, low[t], look.near, found.counts[t], found.peaks[t : t + 1])
+            look_at(task, room, low[t], look.near, found.counts[t], found.peaks[t : t + 1])
             room.magnitude[count:] = 0
             split_sums(room.magnitude[:padded], low[t], high[t], found.sums[t])
             _sort_out(room.magnitude, low[t], high[t], found.bits[t, begin // WORD :], found.counts[t], room.open)
@@ -99,7 +101,8 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
 
 
 @compiled
-def _half_units(base: Bits, look: Look, out: Bits) -> None:
+def half_units(base: Bits, look: Look, out: Bits) -> None:
+    """Half a unit in the last place of each of the base's values: bit patterns of float32, [n] both."""
     steps = out.view(np.float32)
     for i in range(base.size):
         out[i] = max(base[i] & INFINITE, look.least)
@@ -108,7 +111,8 @@ def _half_units(base: Bits, look: Look, out: Bits) -> None:
 
 
 @compiled
-def _differ(a: Floats, b: Floats, out: Floats) -> None:
+def differ(a: Floats, b: Floats, out: Floats) -> None:
+    """|a − b| of every two of n elements."""
     for i in range(a.size):
         out[i] = abs(a[i] - b[i])
 
@@ -122,8 +126,12 @@ def _peak(magnitude: Bits) -> Any:
 
 
 @compiled
-def _look_at(values: Floats, room: Scratch, low: np.uint32, near: np.uint32, counts: Counts, peak: Bits) -> None:
-    """The magnitudes of a task's `values` [n], which of them are below `low`, and what can be counted of them."""
+def look_at(values: Floats, room: Scratch, low: np.uint32, near: np.uint32, counts: Counts, peak: Bits) -> None:
+    """The magnitudes of a task's `values` [n], which of them are below `low`, and what can be counted of them.
+
+    `room` holds the base's values and half units. Sets its magnitudes, clears `keep` where one is not below `low`,
+    adds to `counts` and raises `peak` [1].
+    """
     base, half = room.values[0, : values.size].view(np.float32), room.half[: values.size]
     magnitude, keep = room.magnitude[: values.size], room.keep[: values.size]
     changed = nearly = rounding = np.uint32(0)
@@ -211,11 +219,11 @@ def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, 
             decode(raw[c, width * begin : width * (begin + run)], kinds[c], base if c == 0 else task)
             if c > 0:
                 place = out[c - 1, number * run : (number + 1) * run]
-                _differ(task.view(np.float32), base.view(np.float32), place.view(np.float32))
+                differ(task.view(np.float32), base.view(np.float32), place.view(np.float32))
 
 
 @compiled
-def _moved(value: np.float32, base: np.float32) -> Any:
+def moved(value: np.float32, base: np.float32) -> Any:
     """The bit pattern of |value − base|."""
     return np.float32(abs(value - base)).view(np.uint32)
 
@@ -229,7 +237,7 @@ def count_bins(values: Floats, low: Bits, high: Bits, shifts: Counts, counts: Co
     outside = counts.shape[1] - 1
     for u in range(values.shape[0]):
         for t in range(low.size):
-            m = _moved(values[u, 1 + t], values[u, 0])
+            m = moved(values[u, 1 + t], values[u, 0])
             inside = (low[t] <= m) & (m <= high[t])
             counts[t, (np.int64(m) - np.int64(low[t])) >> shifts[t] if inside else outside] += 1
 
@@ -243,7 +251,7 @@ def gather(values: Floats, low: Bits, high: Bits, out: Bits) -> Counts:
     counts = np.zeros(low.size, np.int64)
     for u in range(values.shape[0]):
         for t in range(low.size):
-            m = _moved(values[u, 1 + t], values[u, 0])
+            m = moved(values[u, 1 + t], values[u, 0])
             out[t, counts[t]] = m  # if it is outside, the next one overwrites it
             counts[t] += (low[t] <= m) & (m <= high[t])
     return counts
@@ -267,7 +275,7 @@ def count_equal(values: Floats, limits: Bits, counts: Counts) -> None:
     """Add to `counts` int64 [T] how many of `values` float32 [U, C] have a magnitude of exactly `limits` uint32 [T]."""
     for u in range(values.shape[0]):
         for t in range(limits.size):
-            m = _moved(values[u, 1 + t], values[u, 0])
+            m = moved(values[u, 1 + t], values[u, 0])
             counts[t] += m == limits[t]
 
 
