@@ -303,7 +303,9 @@ def _entry_fault(name: str, entry: Any) -> str | None:
         return f"data_offsets {shown(offsets)} are not a begin and an end. {AGAIN}"
     needed = _nbytes(shape, ITEM_BYTES[dtype])
     if needed is not None and dtype in PACKED_BITS:
-        needed = -(-needed * PACKED_BITS[dtype] // 8)
+        needed, rest = divmod(needed * PACKED_BITS[dtype], 8)
+        if rest:
+            return f"{dtype} {shown(shape)} does not end at a byte. {AGAIN}"
     if needed is None:
         return f"{dtype} {shown(shape)} is larger than any file. {AGAIN}"
     if needed != offsets[1] - offsets[0]:

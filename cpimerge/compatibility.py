@@ -10,25 +10,13 @@ from collections.abc import Container, Iterator, Sequence
 from .checkpoint import CONFIG, FLOAT_NAMES, HEADS, REFUSED_BYTES, Checkpoint, Tensor
 from .plan_file import Vocabulary
 
-__all__ = ["HEADS", "differences", "notes", "refused_dtypes"]
+__all__ = ["HEADS", "differences", "notes"]
 
 # Keys of config.json that may differ without any effect on what the weights mean.
 COSMETIC_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 EMBEDDINGS = ("embed", "wte", *HEADS)
 MAX_COMPARED_NAMES = 10_000  # pairs; beyond it a search for similar names takes too long
-
-
-def refused_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
-    """A problem for each dtype that cannot be merged."""
-    for dtype in REFUSED_BYTES:
-        names = [name for name, info in checkpoint.tensors.items() if info.dtype == dtype]
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield (
-                f"{checkpoint.where}: tensor {names[0]!r}{more}: {dtype} cannot be merged. "
-                "Convert the checkpoint to bfloat16 or float32"
-            )
 
 
 def differences(base: Checkpoint, other: Checkpoint, explained: Container[str] = ()) -> Iterator[str]:
@@ -94,9 +82,12 @@ def _mismatch(base: Checkpoint, other: Checkpoint, name: str) -> str:
     where = f"{other.where}: tensor {name!r}: expected {_kind(expected)} (as in {base.path}), got {_kind(got)}. "
     if expected.shape == got.shape:
         return where + "Save it with the base's dtype"
-    if expected.shape[1:] == got.shape[1:] and any(word in name for word in EMBEDDINGS):
-        rows = f"{expected.shape[0]} rows"
-        return where + f"Its vocabulary was resized: give it {rows} again (transformers: resize_token_embeddings)"
+    named = any(word in name for word in EMBEDDINGS) and "position" not in name
+    if expected.shape[1:] == got.shape[1:] and named:
+        return where + (
+            "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or give "
+            f"it {expected.shape[0]} rows again (transformers: resize_token_embeddings)"
+        )
     return where + "It is no fine-tune of this base as it stands"
 
 
