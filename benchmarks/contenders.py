@@ -62,26 +62,28 @@ class Contender:
 
 @dataclass(frozen=True)
 class Merge:
-    """`cpimerge plan` and `cpimerge fuse` of one recipe. The fuse obeys the plan made last."""
+    """`cpimerge plan` and `cpimerge fuse` of one recipe, and `cpimerge merge`. The fuse obeys the plan made last."""
 
     recipe: Path
     plan_dir: Path
     out_dir: Path
     plan: Contender
     fuse: Contender
+    both: Contender
 
 
 def merge(work: Path, name: str, paths: Sequence[Path], startup: Merge | None = None, setting: str = "") -> Merge:
     """The merge of a base and its experts, in files below `work`; `setting`: a parameter of the recipe."""
-    recipe, plan, out = (work / f"{name}{ending}" for ending in (".yml", "-plan", "-out"))
+    recipe, plan, out, merged = (work / f"{name}{ending}" for ending in (".yml", "-plan", "-out", "-merged"))
     models = "".join(f"  - model: {path}\n" for path in paths[1:])
     parameters = f"parameters:\n  density: {DENSITY}\n  {setting}\n"
     recipe.write_text(f"merge_method: cpi\nbase_model: {paths[0]}\nmodels:\n{models}{parameters}")
     planning = Contender("cpimerge plan", [CPIMERGE, "plan", str(recipe), "-o", str(plan)], lambda: remove(plan))
     fusing = Contender("cpimerge fuse", [CPIMERGE, "fuse", str(plan), "-o", str(out)], lambda: remove(out))
+    both = Contender("cpimerge merge", [CPIMERGE, "merge", str(recipe), "-o", str(merged)], lambda: remove(merged))
     if startup:
-        planning.startup, fusing.startup = startup.plan, startup.fuse
-    return Merge(recipe, plan, out, planning, fusing)
+        planning.startup, fusing.startup, both.startup = startup.plan, startup.fuse, startup.both
+    return Merge(recipe, plan, out, planning, fusing, both)
 
 
 def in_turn(contenders: Sequence[Contender], rounds: int) -> None:

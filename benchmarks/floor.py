@@ -35,7 +35,8 @@ class Bench:
     def startup(self) -> Merge:
         """The merge of one small tensor: all that it takes is start-up."""
         merged = merge(self.work, "point", self.checkpoints("point"))
-        merged.plan.name, merged.fuse.name = "start-up of plan", "start-up of fuse"
+        for command, contender in (("plan", merged.plan), ("fuse", merged.fuse), ("merge", merged.both)):
+            contender.name = f"start-up of {command}"
         return merged
 
 

@@ -51,6 +51,7 @@ MODELS: dict[str, Shapes] = {
     "point": {"model.norm.weight": (1024,)},  # nothing to do: what is left is start-up
     "little": llama(1024, 2, 4096, 20_000),  # 0.1 GB
     "usual": llama(1024, 16, 4096, 32_000),  # 0.55 GB
+    "half": llama(896, 24, 4864, 151_936),  # 0.5 B parameters, 1 GB
     "large": llama(4096, 16, 14_336, 128_000),  # 8 GB
     "few": mixture(4, 67 * 32),  # 0.55 GB in 300 tensors
     "many": mixture(4 * 67, 32),  # the same bytes in 20,100
