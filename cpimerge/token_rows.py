@@ -1,0 +1,164 @@
+"""Embeddings and heads in the rows of another vocabulary: computed as they are read, a run of rows at a time.
+
+Rows are those of the vocabulary's dimension, which is the first that is not 1; the bytes of a row lie together.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .checkpoint import Handles, Tensor
+from .token_relations import NOWHERE, split_rows
+
+if TYPE_CHECKING:
+    from .stream import Floats
+
+__all__ = ["MeanRows", "MovedRows", "Part", "Runs"]
+
+PIECE = 1 << 14  # elements that are converted at a time
+
+
+class Runs:
+    """Where each row comes from: runs of rows that follow each other in the source, or that are not in it."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        """`rows` [R]: the row of the source, or NOWHERE."""
+        self.rows = len(rows)
+        self._starts, self._sources = array("q"), array("q")
+        expected = None
+        for row, source in enumerate(rows):
+            if source != expected:
+                self._starts.append(row)
+                self._sources.append(source)
+            expected = NOWHERE if source == NOWHERE else source + 1
+
+    @property
+    def is_identity(self) -> bool:
+        return list(self._sources) == [0]  # of a source that may have more rows
+
+    def pieces(self, start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int, int | None]]:
+        """Bytes [begin, end) that lie together, and where in the source they begin; None: not in it."""
+        number = bisect_right(self._starts, start // row_bytes) - 1
+        while start < stop:
+            following = self._starts[number + 1] if number + 1 < len(self._starts) else self.rows
+            end = min(stop, following * row_bytes)
+            shift = (self._sources[number] - self._starts[number]) * row_bytes
+            yield start, end, None if self._sources[number] == NOWHERE else start + shift
+            start, number = end, number + 1
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRows(Tensor):
+    """Rows of `source` as `runs` say; those that it lacks are `fallback`'s, which has the same shape."""
+
+    source: Tensor
+    runs: Runs
+    fallback: Tensor
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 8 * PIECE + self.source.scratch_bytes + self.fallback.scratch_bytes
+
+    @classmethod
+    def of(cls, source: Tensor, runs: Runs, fallback: Tensor) -> MovedRows:
+        return cls(*_outline(source, runs.rows), source, runs, fallback)
+
+    def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
+        """As for every `Tensor`."""
+        row_bytes = self.nbytes // self.runs.rows
+        for begin, end, place in self.runs.pieces(start, start + len(buffer), row_bytes):
+            piece = buffer[begin - start : end - start]
+            if place is not None:
+                self.source.read_into(piece, place, handles)
+            elif self.fallback.dtype == self.dtype:
+                self.fallback.read_into(piece, begin, handles)
+            else:
+                self._convert(piece, begin // self.item_bytes, handles)
+
+    def _convert(self, buffer: memoryview, first: int, handles: Handles) -> None:
+        """The fallback's elements from `first` on, rounded to this dtype."""
+        for place in range(0, len(buffer) // self.item_bytes, PIECE):
+            piece = buffer[place * self.item_bytes : (place + PIECE) * self.item_bytes]
+            values = _floats(self.fallback, first + place, len(piece) // self.item_bytes, handles)
+            _store(values, self.dtype, piece)
+
+
+class Part:
+    """A model that has tokens which the base lacks: its tensor, and its row for each such row of the output."""
+
+    def __init__(self, source: Tensor, rows: Mapping[int, int]) -> None:
+        self.source = source
+        self.rows = rows
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRows(Tensor):
+    """For each row the mean of those parts that have it: added up in float32 in their order, rounded once.
+
+    Only rows that some part has may be read.
+    """
+
+    rows: int
+    parts: tuple[Part, ...]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 16 * PIECE + max(part.source.scratch_bytes for part in self.parts)
+
+    @classmethod
+    def like(cls, tensor: Tensor, rows: int, parts: tuple[Part, ...]) -> MeanRows:
+        """Of the tensor's dtype and row, with `rows` rows."""
+        return cls(*_outline(tensor, rows), rows, parts)
+
+    def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
+        """As for every `Tensor`."""
+        item = self.item_bytes
+        row_size = self.elements // self.rows
+        place, stop = start // item, (start + len(buffer)) // item
+        while place < stop:
+            row, column = divmod(place, row_size)
+            size = min(stop - place, row_size - column, PIECE)
+            begin = place * item - start
+            _store(self._mean(row, column, size, handles), self.dtype, buffer[begin : begin + size * item])
+            place += size
+
+    def _mean(self, row: int, column: int, size: int, handles: Handles) -> Floats:
+        row_size = self.elements // self.rows
+        having = [part for part in self.parts if row in part.rows]
+        total = np.zeros(size, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite is found where the inputs are looked at
+            for part in having:
+                total += _floats(part.source, part.rows[row] * row_size + column, size, handles)
+            return total / np.float32(len(having))
+
+
+def _outline(tensor: Tensor, rows: int) -> tuple[str, str, tuple[int, ...], int]:
+    """Name, dtype, shape and bytes of a tensor, with that many rows."""
+    before, _, after = split_rows(tensor.shape)
+    shape = (*before, rows, *after)
+    return tensor.name, tensor.dtype, shape, math.prod(shape) * tensor.item_bytes
+
+
+def _floats(tensor: Tensor, first: int, size: int, handles: Handles) -> Floats:
+    """`size` elements from `first` on, as float32."""
+    from .stream import decode  # with numba, which comparing vocabularies need not wait for
+
+    raw = np.empty(size * tensor.item_bytes, np.uint8)
+    tensor.read_into(memoryview(raw), first * tensor.item_bytes, handles)
+    return decode(raw, tensor.dtype)
+
+
+def _store(values: Floats, dtype: str, buffer: memoryview) -> None:
+    """float32 rounded to `dtype`, into `buffer`."""
+    from .stream import encode
+
+    nan = np.isnan(values)
+    values[nan] = np.inf  # NaN cannot be encoded; it is an error all the same
+    buffer[:] = memoryview(encode(values, dtype).view(np.uint8))
