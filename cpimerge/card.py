@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from .plan_file import Plan
-from .references import HubModel
+from .references import HubModel, planned_place
 
 __all__ = ["hub_place", "model_card", "model_name", "recipe_without_places"]
 
-CACHED = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)$")  # in the Hugging Face cache
 # An absolute path in YAML, up to what may end a value; not the rest of a relative path or of an address.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.*/:~-])(?:~[\w.-]*)?/[^\s"',}\]]*""")
 
 
 def hub_place(path: str) -> HubModel | None:
-    """The model on the Hub that a directory of the Hub's cache holds, at its commit; None for other directories."""
-    cached = CACHED.search(path)
-    return HubModel(cached["id"].replace("--", "/", 1), cached["revision"]) if cached else None
+    """The model on the Hub, at its commit, that a plan's path stands for; None for directories of one's own."""
+    return planned_place(path).hub
 
 
 def model_name(path: str) -> str:
-    """What to call a checkpoint in public: its id on the Hub if the Hub's cache has it, else its directory's name."""
+    """What to call a checkpoint in public: its id on the Hub if it has one, else its directory's name."""
     place = hub_place(path)
     return place.name if place else Path(path).name
 
@@ -35,7 +34,7 @@ def _paths(plan: Plan) -> list[str]:
 def recipe_without_places(plan: Plan) -> str:
     """The recipe as written, but for absolute paths: these say more about a machine than about a model."""
     recipe = plan.recipe
-    for path in sorted(_paths(plan), key=len, reverse=True):
+    for path in sorted(filter(os.path.isabs, _paths(plan)), key=len, reverse=True):
         recipe = recipe.replace(path, model_name(path))
     return ABSOLUTE_PATH.sub(lambda found: model_name(found[0].rstrip("/")), recipe)
 

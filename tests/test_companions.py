@@ -22,6 +22,7 @@ from cpimerge.card import model_name, recipe_without_places
 from cpimerge.companions import companion_bytes, companion_files, config_with_dtype, unreadable
 from cpimerge.plan_file import Plan
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 CONFIG = {"model_type": "test", "torch_dtype": "float32", "text_config": {"dtype": "float32", "layers": 2}}
 
 # --- which files are copied -------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def model(task: int) -> dict[str, torch.Tensor]:
 def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output in three shards, `out`, with its plan and inputs beside it."""
     home = tmp_path_factory.mktemp("home")
-    snapshot = home / "models--org--math--v2" / "snapshots" / "0123abc"
+    snapshot = home / "models--org--math--v2" / "snapshots" / COMMIT
     furnish(home / "base")
     save(home / "base", model(0), shards=2, config=CONFIG)
     save(snapshot, model(1), config=CONFIG)
@@ -229,7 +230,7 @@ def test_manifest(fused: Path) -> None:
     assert list(manifest["files"]) == others
     assert [(entry["name"], entry["model"], entry["revision"]) for entry in manifest["inputs"]] == [
         ("base", "base", None),
-        ("math", "org/math--v2", "0123abc"),
+        ("math", "org/math--v2", COMMIT),
         ("code", "code", None),
     ]
     base = {shard["file"]: shard["size"] for shard in manifest["inputs"][0]["shards"]}
@@ -405,10 +406,12 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
     ("path", "name"),
     [
         ("/data/models/math", "math"),
-        ("/cache/hub/models--org--name/snapshots/0123", "org/name"),
-        ("/cache/hub/models--org--name--2/snapshots/0123", "org/name--2"),
-        ("/cache/hub/models--gpt2/snapshots/0123", "gpt2"),
-        ("/cache/hub/models--gpt2/snapshots/0123/sub", "sub"),
+        ("/cache/hub/models--org--name/snapshots/" + COMMIT, "org/name"),
+        (f"org/name@{COMMIT}", "org/name"),  # streamed, and in no directory
+        ("/cache/hub/models--org--name--2/snapshots/" + COMMIT, "org/name--2"),
+        ("/cache/hub/models--gpt2/snapshots/" + COMMIT, "gpt2"),
+        (f"/cache/hub/models--gpt2/snapshots/{COMMIT}/sub", "sub"),
+        ("/data/models--org--name", "models--org--name"),
     ],
 )
 def test_model_names(path: str, name: str) -> None:
@@ -426,11 +429,12 @@ def test_model_names(path: str, name: str) -> None:
         ("base_model: ./data/base", "base_model: ./data/base"),
         ("base_model: ../data/base", "base_model: ../data/base"),
         ("base_model: data/base", "base_model: data/base"),
+        (f"base_model: org/b@{COMMIT}", f"base_model: org/b@{COMMIT}"),
         ("exclude: ['*/bias', a/b]", "exclude: ['*/bias', a/b]"),
         ("# as in https://arxiv.org/abs/2508.21741", "# as in https://arxiv.org/abs/2508.21741"),
         ("density: 1/100", "density: 1/100"),
     ],
 )
 def test_recipes_lose_absolute_paths_only(written: str, published: str) -> None:
-    inputs = [mock.Mock(path="/my data/b")]
+    inputs = [mock.Mock(path="/my data/b", adapter=None), mock.Mock(path=f"org/b@{COMMIT}", adapter=None)]
     assert recipe_without_places(mock.Mock(recipe=written, inputs=inputs)) == published
