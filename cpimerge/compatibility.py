@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 
 from .checkpoint import CONFIG, FLOAT_NAMES, HEADS, REFUSED_BYTES, Checkpoint, Tensor
+from .layouts import compare_layouts
 from .plan_file import Vocabulary
 
 __all__ = ["HEADS", "differences", "notes"]
@@ -26,36 +27,15 @@ def differences(base: Checkpoint, other: Checkpoint, explained: Container[str] =
     """
     missing = [name for name in base.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in base.tensors]
-    if prefix := _prefix(missing, extra):
-        yield _renamed(base, other, ("", prefix), len(missing))
-        missing, extra = [], [name for name in extra if name.removeprefix(prefix) not in base.tensors]
-    elif prefix := _prefix(extra, missing):
-        yield _renamed(base, other, (prefix, ""), len(extra))
-        missing, extra = [name for name in missing if name.removeprefix(prefix) not in other.tensors], []
+    layouts = compare_layouts(base, other, missing, extra)
+    yield from layouts.problems
+    missing, extra = layouts.missing, layouts.extra
     similar = extra if len(missing) * len(extra) <= MAX_COMPARED_NAMES else []
     yield from (_missing(base, other, name, similar) for name in missing)
     yield from (_extra(base, other, name) for name in extra)
     for name, expected in base.tensors.items():
         if name in other.tensors and name not in explained and not _fit(expected, other.tensors[name]):
             yield _mismatch(base, other, name)
-
-
-def _prefix(short: Sequence[str], long: Sequence[str]) -> str:
-    """What stands before every name of `short` in `long`, such as `bert.`; "" where nothing does."""
-    names = set(long)
-    for name in long if len(short) > 1 else ():
-        prefix = name.removesuffix(short[0])
-        if prefix.endswith(".") and prefix != name and all(prefix + other in names for other in short):
-            return prefix
-    return ""
-
-
-def _renamed(base: Checkpoint, other: Checkpoint, prefixes: tuple[str, str], count: int) -> str:
-    ours, theirs = prefixes
-    return (
-        f"{other.where}: {count} tensors are called {theirs + 'X'!r} where {base.path} has {ours + 'X'!r}. "
-        "Save both from the same model class"
-    )
 
 
 def _missing(base: Checkpoint, other: Checkpoint, name: str, similar: Sequence[str]) -> str:

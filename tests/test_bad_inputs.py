@@ -46,6 +46,7 @@ AGAIN = "Download or save it again"
 ALL_AGAIN = "Download or save all of them again"
 REPAIR = "Repair the checkpoint or take another; nothing can be merged with it"
 PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
+ONE_MODEL = "It is one model in two layouts: save both from the same class, with one version of transformers"
 NO_FINE_TUNE = "It is no fine-tune of this base as it stands"
 BUFFER = "It is a buffer that newer transformers do not save: load the base with transformers and save it"
 
@@ -511,7 +512,10 @@ def test_damaged_directories(home: Path, case: str) -> None:
 # --- checkpoints that do not go together ------------------------------------------------------------
 
 TIED = {"tie_word_embeddings": True}
-BASE_ROWS = "Its vocabulary was resized: give it 6 rows again (transformers: resize_token_embeddings)"
+BASE_ROWS = (
+    "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or give it 6 rows "
+    "again (transformers: resize_token_embeddings)"
+)
 
 
 def math_has(home: Path, **tensors: torch.Tensor | None) -> Path:
@@ -568,7 +572,7 @@ INCOMPATIBLE: dict[str, tuple[Spoil, list[str]]] = {
     "names with a prefix": (
         lambda home: save(home / "math", prefixed("model.", model(0.5)) | {"score": torch.ones(1)}),
         [
-            "math: 5 tensors are called 'model.X' where base has 'X'. Save both from the same model class",
+            "math: 5 tensors are called 'model.X' where base has 'X'. " + ONE_MODEL,
             "math: tensor 'score': not in base. Remove it from the checkpoint, or merge onto a base that has it",
         ],
     ),
@@ -578,7 +582,7 @@ INCOMPATIBLE: dict[str, tuple[Spoil, list[str]]] = {
             save(home / "code", prefixed("model.", model()) | {"score": torch.ones(1)}),
         ],
         [
-            "math: 5 tensors are called 'X' where base has 'model.X'. Save both from the same model class",
+            "math: 5 tensors are called 'X' where base has 'model.X'. " + ONE_MODEL,
             f"math: tensor 'score': missing, though base has it. {NO_FINE_TUNE}",
         ],
     ),

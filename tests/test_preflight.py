@@ -158,7 +158,7 @@ def test_many_differing_names_take_no_search(tmp_path: Path) -> None:
     """Names that differ by the thousand are listed without looking for the nearest, which would take minutes."""
     zero = torch.zeros(1)
     save(tmp_path / "base", {f"layers.{number}.w": zero for number in range(1500)})
-    save(tmp_path / "a", {f"layers.{number}.v": zero for number in range(1500)})
+    save(tmp_path / "a", {f"layers.{number}.v": torch.zeros(2) for number in range(1500)})
     recipe = write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "base", models=[{"model": tmp_path / "a"}])
     with pytest.raises(IncompatibleError) as error:
         preflight.check(load_recipe(recipe))
