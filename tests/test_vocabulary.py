@@ -62,12 +62,12 @@ POOL = ("<x>", "<y>", "<z>", "ü", "\n")
 
 
 @st.composite
-def added_tokens(draw: st.DrawFn, **more: Any) -> Model:
+def added_tokens(draw: st.DrawFn) -> Model:
     """CORE with some tokens added, in any order; perhaps with padding, perhaps with fewer rows than tokens."""
     tokens = draw(st.lists(st.sampled_from(POOL), unique=True, max_size=4))
     names = added(*tokens)
     rows = len(names) + draw(st.integers(-min(2, len(tokens)), 3))
-    return model(names, rows, draw(st.integers(0, 99)), draw(st.sampled_from(FLOATS)), **more)
+    return model(names, rows, draw(st.integers(0, 99)), draw(st.sampled_from(FLOATS)))
 
 
 @st.composite
@@ -191,7 +191,12 @@ def test_the_mean_of_mergekit(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     models = {"base": added("<b>"), "one": added("<b>", "<x>", "<y>", "<z>"), "two": added("<b>", "<z>", "<y>")}
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     for seed, (name, names) in enumerate(models.items()):
         torch.manual_seed(0)  # nearly parallel, so that slerp is lerp
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=6, **small))
@@ -201,7 +206,7 @@ def test_the_mean_of_mergekit(tmp_path: Path) -> None:
             for parameter in llama.parameters():
                 if len(parameter) == len(names):
                     parameter[5:] = parameter[0]
-                parameter += 1e-4 * torch.randn(parameter.shape)
+                parameter.add_(1e-4 * torch.randn(parameter.shape))
         llama.save_pretrained(tmp_path / name)
         content = vocabularies.tokenizer(Model(names, {}))
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
