@@ -7,18 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from .budget import Budget
+    from .comparison import Comparison
+    from .inspection import Contents
+    from .models import Locate
     from .needs import Needs
     from .plan_file import Plan
     from .preflight import Inputs
+    from .uploading import Pushed, Upload
     from .recipe import Recipe
+    from .writer import Target
 
-__all__ = ["estimate", "fuse", "merge", "plan"]
+__all__ = ["estimate", "fuse", "inspect", "merge", "plan", "push"]
 
-Progress = Callable[[str, int, int], None]  # phase ("plan" or "fuse"), bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # phase ("download", "plan" or "fuse"), bytes done, bytes in all
+Download = Literal["cache", "stream"] | None
+Limits = tuple[int | None, int | str | None]  # threads and memory
 
 
 def _silent(*_: object) -> None:
@@ -34,6 +41,7 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     force: bool = False,
     progress: Progress = _silent,
     announce: Callable[[Needs], None] = _silent,
+    download: Download = None,
 ) -> Plan:
     """Make the plan of a merge and write it to the directory `out`.
 
@@ -42,20 +50,15 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     called once with what the run will need, before any tensor is read; `progress` with bytes done and in all, which
     never fall and end equal. Both are called on the calling thread, and what they raise ends the run.
 
+    `download` decides on models that the recipe names as on the Hugging Face Hub: None takes what its cache has and
+    leaves the network alone; "cache" first fetches what the cache lacks (phase "download"); "stream" fetches pieces of
+    the weights as they are read and deletes them again.
+
     Returns what `plan.json` holds. Raises a `CpimergeError` listing every problem, before any tensor is read where
     headers show it. `out` appears when all of it is on disk.
     """
-    inputs = _checked(recipe)
-    from .writer import check_target
-
-    check_target(Path(out), force, [checkpoint.path for checkpoint in inputs.checkpoints])
-    from . import planning  # with numba, which a mistake in the recipe need not wait for
-    from .needs import check_disk
-
-    budget, needs = _budgeted(inputs, threads, memory)
-    check_disk(needs.plan_bytes + needs.scratch_bytes, Path(out))
-    announce(needs)
-    return planning.make_plan(inputs, Path(out), budget, force, progress)
+    with _checked(recipe, Path(out), force, download, progress) as (inputs, _):
+        return _plan(inputs, Path(out), force, (threads, memory), progress, announce)
 
 
 def estimate(
@@ -64,18 +67,24 @@ def estimate(
     *,
     threads: int | None = None,
     memory: int | str | None = None,
+    progress: Progress = _silent,
+    download: Download = None,
 ) -> Needs:
     """What `plan` and then `fuse` would need: memory, disk and time, without doing either.
 
     The time follows from about a second of work on parts of the inputs, and of writing to the disk of `out`, which is
-    left as it was; `fuse_seconds` is None where that cannot be written. Options and errors as for `plan`.
+    left as it was; `fuse_seconds` is None where that cannot be written. With `download="stream"` the network decides,
+    and both are None. Options and errors as for `plan`.
     """
-    inputs = _checked(recipe)
-    budget, needs = _budgeted(inputs, threads, memory)
-    from .probe import seconds
+    target = Path(out)
+    with _found(_loaded(recipe), target, download, progress) as (inputs, _):
+        budget, needs = _budgeted(inputs, threads, memory)
+        if needs.plan_travel_bytes:
+            return needs
+        from .probe import seconds
 
-    plan_seconds, fuse_seconds = seconds(inputs, budget.threads, Path(out))
-    return replace(needs, plan_seconds=plan_seconds, fuse_seconds=fuse_seconds)
+        plan_seconds, fuse_seconds = seconds(inputs, budget.threads, target)
+        return replace(needs, plan_seconds=plan_seconds, fuse_seconds=fuse_seconds)
 
 
 def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> tuple[Budget, Needs]:
@@ -86,38 +95,92 @@ def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> 
     return budget, plan_needs(inputs, budget)
 
 
-def _checked(recipe: str | Path | Recipe) -> Inputs:
-    """Everything that can be known without the numeric libraries: the recipe and all headers."""
-    from .preflight import check
+@contextmanager
+def _checked(
+    recipe: str | Path | Recipe, target: Path, force: bool, download: Download, progress: Progress
+) -> Iterator[tuple[Inputs, Locate]]:
+    """Everything that can be known without the numeric libraries: the recipe, all headers, and that `target` is free.
+
+    Also where to find the models again: that holds within the block.
+    """
+    loaded = _loaded(recipe)
+    from .writer import check_target
+
+    if download:
+        check_target(target, force, ())  # before anything is fetched
+    with _found(loaded, target, download, progress) as (inputs, find):
+        check_target(target, force, inputs.directories)
+        yield inputs, find
+
+
+@contextmanager
+def _found(recipe: Recipe, target: Path, download: Download, progress: Progress) -> Iterator[tuple[Inputs, Locate]]:
+    """The recipe's models, compared by their headers."""
+    from .models import finding
+    from .preflight import check, references_of
+
+    with finding(references_of(recipe).items(), target, download, progress) as find:
+        yield check(recipe, find), find
+
+
+def _plan(  # the inputs are checked, and `out` is free
+    inputs: Inputs, out: Path, force: bool, limits: Limits, progress: Progress, announce: Callable[[Needs], None]
+) -> Plan:
+    from . import planning  # with numba, which a mistake in the recipe need not wait for
+    from .needs import check_disk
+
+    budget, needs = _budgeted(inputs, *limits)
+    check_disk(needs.plan_bytes + needs.scratch_bytes, out)
+    announce(needs)
+    return planning.make_plan(inputs, out, budget, force, progress)
+
+
+def _fuse(
+    plan: Plan, plan_dir: Path, target: Target, limits: Limits, progress: Progress, find: Locate
+) -> dict[str, Any]:
+    from . import fusion
+    from .budget import Budget
+    from .needs import fuse_worker_bytes
+
+    budget = Budget.divide(fuse_worker_bytes(plan), *limits)
+    return fusion.fuse_plan(plan, plan_dir, target, budget, progress, find)
+
+
+def _loaded(recipe: str | Path | Recipe) -> Recipe:
     from .recipe import Recipe, load_recipe
 
-    return check(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def fuse(
+def fuse(  # noqa: PLR0913 - all but two are keywords with a default
     plan_dir: str | Path,
     out: str | Path,
     *,
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    shard_size: int | str | None = None,
     progress: Progress = _silent,
+    download: Download = None,
 ) -> dict[str, Any]:
     """Obey the plan in `plan_dir`: write the fused checkpoint to the directory `out`.
 
-    Options as for `plan`. Returns what `cpimerge_manifest.json` holds. Raises a `CpimergeError`; nothing appears
-    under `out` then.
+    `shard_size` is the most tensor data that one file holds, in bytes or as text; the default is "5GB". Other options
+    as for `plan`. Returns what `cpimerge_manifest.json` holds. Raises a `CpimergeError`; nothing appears under `out`
+    then.
     """
     from .plan_file import Plan
+    from .writer import Target, check_target, shard_limit
 
+    target = Target(Path(out), force, shard_limit(shard_size))
     loaded = Plan.load(Path(plan_dir))
-    from . import fusion
-    from .budget import Budget
-    from .needs import check_disk, fuse_worker_bytes
+    from .models import finding
 
-    budget = Budget.divide(fuse_worker_bytes(loaded), threads, memory)
-    check_disk(loaded.output_bytes, Path(out))
-    return fusion.fuse_plan(loaded, Path(plan_dir), Path(out), budget, force, progress)
+    if download:
+        check_target(target.directory, force, [Path(plan_dir)])  # before anything is fetched
+    references = [(entry.name, entry.reference) for entry in loaded.inputs]
+    with finding(references, target.directory, download, progress) as find:
+        return _fuse(loaded, Path(plan_dir), target, (threads, memory), progress, find)
 
 
 def merge(  # noqa: PLR0913 - all but two are keywords with a default
@@ -127,30 +190,108 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    shard_size: int | str | None = None,
     progress: Progress = _silent,
     announce: Callable[[Needs], None] = _silent,
     planned: Callable[[Plan], None] = _silent,
+    download: Download = None,
 ) -> dict[str, Any]:
     """`plan` and `fuse` in one. The plan lies beside `out` meanwhile, and `planned` is called with it once.
 
     Options, return value and what is raised as for both.
     """
-    inputs = _checked(recipe)
-    from .writer import check_target
+    from .writer import Target, shard_limit
 
-    target = Path(out).expanduser().absolute()
-    check_target(target, force, [checkpoint.path for checkpoint in inputs.checkpoints])
+    goal = Path(out).expanduser().absolute()
+    target = Target(goal, force, shard_limit(shard_size))  # a mistake shows before hours of planning
 
-    def check_disk(needs: Needs) -> None:  # before hours of planning
+    def check_disk(needs: Needs) -> None:  # so does a full disk
         from . import needs as sizes
 
-        sizes.check_disk(needs.plan_bytes + max(needs.scratch_bytes, needs.output_bytes), target)
+        output_bytes = needs.output_bytes + needs.companion_bytes
+        sizes.check_disk(needs.plan_bytes + max(needs.scratch_bytes, output_bytes), goal)
         announce(needs)
 
-    options: dict[str, Any] = {"threads": threads, "memory": memory, "progress": progress}
-    with _directory_beside(target) as directory:
-        planned(plan(inputs.recipe, directory, force=True, announce=check_disk, **options))
-        return fuse(directory, target, force=force, **options)
+    limits = threads, memory
+    with (
+        _checked(recipe, goal, force, download, progress) as (inputs, find),
+        _directory_beside(goal) as directory,
+    ):
+        plan = _plan(inputs, directory, True, limits, progress, check_disk)
+        planned(plan)
+        return _fuse(plan, directory, target, limits, progress, find)
+
+
+def push(  # noqa: PLR0913 - all but two are keywords with a default
+    directory: str | Path,
+    name: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+    announce: Callable[[Upload], None] = _silent,
+    bars: bool = False,
+) -> Pushed:
+    """Upload what `fuse` wrote to `directory` to the Hugging Face Hub as `name`, such as "org/name".
+
+    Every file is read and compared with `cpimerge_manifest.json` before the network is touched, with `progress` for
+    the phase "check"; then `announce` is called with what will be uploaded. The repository is made if it is not there,
+    `private` if you say so; `revision` is a branch, made if it is not there; `message` is the commit's. A repository
+    with other weights is refused; with `force`, all that the directory lacks is deleted from it. `bars` lets
+    huggingface_hub show its own progress on stderr.
+
+    Raises OutputError listing every problem.
+    """
+    from .uploading import Destination, push_output
+
+    destination = Destination(name, private, revision, message, force)
+    return push_output(Path(directory).expanduser(), destination, announce, progress, bars)
+
+
+@overload
+def inspect(path: str | Path, *, threads: int | None = None, memory: int | str | None = None) -> Contents: ...
+
+
+@overload
+def inspect(
+    path: str | Path,
+    other: str | Path,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress = _silent,
+) -> Comparison: ...
+
+
+def inspect(
+    path: str | Path,
+    other: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress = _silent,
+) -> Contents | Comparison:
+    """What is in the checkpoint at `path`, by its headers; or how `other` differs from it, its base, in one read.
+
+    Both may be whatever a recipe may call a model, relative to the working directory; `other` also an adapter alone,
+    which lies on `path` then. `threads` and `memory` as for `plan`, `progress` for the phase "inspect"; they do not
+    matter where there is no `other`. NaN, Inf and whatever cannot be compared are findings, no errors.
+
+    Raises CheckpointError where a checkpoint cannot be read.
+    """
+    from .inspection import contents, open_named
+
+    if other is None:
+        (model,) = open_named(str(path))
+        return contents(model)
+    base, tuned = open_named(str(path), str(other))
+    from .budget import Budget
+    from .comparing import compare_checkpoints, worker_bytes
+
+    budget = Budget.divide(worker_bytes(base.checkpoint, tuned.checkpoint), threads, memory)
+    return compare_checkpoints(base, tuned, budget, progress)
 
 
 @contextmanager

@@ -161,10 +161,35 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
         raise click.BadParameter(str(error)) from error
 
 
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="Worker threads. Default: all processors.")
+MEMORY = click.option("--memory", metavar="SIZE", callback=_size, help="Budget for the whole process, such as 512MB.")
+
+
+class WorkCommand(click.Command):
+    """A command whose --download may stand alone: what follows is its value only if it can be one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = args[: args.index("--")] if "--" in args else args
+        for place, word in enumerate(given):
+            if word == "--download" and given[place + 1 : place + 2] not in ([way] for way in DOWNLOADS):
+                args[place] = "--download=cache"
+        return super().parse_args(ctx, args)
+
+
+DOWNLOADS = ("cache", "stream")
 WORK_OPTIONS = (
-    click.option("--threads", type=click.IntRange(min=1), help="Worker threads. Default: all processors."),
-    click.option("--memory", metavar="SIZE", callback=_size, help="Budget for the whole process, such as 512MB."),
+    THREADS,
+    MEMORY,
     click.option("--force", is_flag=True, help="Replace the output directory if it is not empty."),
+    click.option(
+        "--download",
+        type=click.Choice(DOWNLOADS),
+        help="Fetch models from the Hugging Face Hub into its cache (also without a value: --download); or stream "
+        "them: fetch pieces as they are read and delete them again. Default: touch no network.",
+    ),
+)
+SHARD_SIZE = click.option(
+    "--shard-size", metavar="SIZE", callback=_size, help="Most tensor data in one file. Default: 5GB."
 )
 SCREEN_OPTIONS = (
     click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
@@ -211,7 +236,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a table is worth more than an accent that the locale lacks
 
 
-@main.command("plan")
+@main.command("plan", cls=WorkCommand)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_directory("Directory for the plan.", required=False)
 @click.option("--estimate", is_flag=True, help="Only say what plan and fuse would need: memory, disk, and time.")
@@ -246,16 +271,18 @@ def plan_command(screen: Screen, recipe: Path, output: Path | None, estimate: bo
 
 
 def _show_estimate(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
-    needs = api.estimate(recipe, output, **options)
+    with screen.progress() as progress:
+        needs = api.estimate(recipe, output, progress=progress, **options)
     from .report import needs_report
 
     screen.show(needs_report(needs))
     screen.data(needs.as_dict())
 
 
-@main.command("fuse")
+@main.command("fuse", cls=WorkCommand)
 @click.argument("plan_dir", type=click.Path(path_type=Path))
 @_directory("Directory for the model.")
+@SHARD_SIZE
 @work_options
 @command
 def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -> None:
@@ -268,9 +295,10 @@ def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -
     _show_model(screen, manifest, output)
 
 
-@main.command("merge")
+@main.command("merge", cls=WorkCommand)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_directory("Directory for the model.")
+@SHARD_SIZE
 @work_options
 @command
 def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) -> None:
@@ -289,6 +317,57 @@ def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) ->
     with screen.progress() as progress:
         manifest = api.merge(recipe, output, progress=progress, announce=announce, planned=planned, **options)
     _show_model(screen, manifest, output)
+
+
+@main.command("push")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("name", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, where it is not there yet.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to, made if need be. Default: main.")
+@click.option("--message", metavar="TEXT", help="Message of the commit.")
+@click.option("--force", is_flag=True, help="Delete what the repository has and DIRECTORY lacks.")
+@command
+def push_command(screen: Screen, directory: Path, name: str, **options: Any) -> None:
+    """Upload what `fuse` wrote to DIRECTORY to the Hugging Face Hub.
+
+    Every file is compared with the manifest before, which takes one read. Uses the token of `hf auth login`.
+    """
+
+    def announce(upload: Any) -> None:
+        screen.show(f"upload: {len(upload.files)} files, {format_size(upload.nbytes)}, to {name}")
+        if upload.edited:
+            screen.show(f"edited since the merge: {', '.join(upload.edited)}")
+
+    bars = not screen.quiet and sys.stderr.isatty()
+    with screen.progress() as progress:
+        pushed = api.push(directory, name, progress=progress, announce=announce, bars=bars, **options)
+    screen.show(f"pushed: {pushed.url}")
+    screen.data({"url": pushed.url, "commit": pushed.commit, "files": list(pushed.files)})
+
+
+@main.command("inspect")
+@click.argument("path")
+@click.argument("other", metavar="[PATH2]", required=False)
+@THREADS
+@MEMORY
+@command
+def inspect_command(screen: Screen, path: str, other: str | None, **options: Any) -> None:
+    """Say what is in the checkpoint PATH, or how PATH2 differs from it.
+
+    One checkpoint: its files, dtypes, layers, vocabulary and every kind of tensor, by its headers. Two: how much has
+    changed, by kind of tensor and by layer, in one read of both. --json says it for every tensor.
+    """
+    from . import report_inspect
+
+    if other is None:
+        found = api.inspect(path, **options)
+        screen.show(*report_inspect.contents_report(found))
+        screen.data(found.as_dict())
+        return
+    with screen.progress() as progress:
+        compared = api.inspect(path, other, progress=progress, **options)
+    screen.show(*report_inspect.comparison_report(compared))
+    screen.data(compared.as_dict())
 
 
 @main.command("demo")

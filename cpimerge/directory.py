@@ -45,8 +45,11 @@ class _Format:
 FORMATS = (_Format(WEIGHTS, INDEX, read_header), _Format(PICKLED_WEIGHTS, PICKLED_INDEX, read_pickled))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read every header of the checkpoint in `path`. Raises CheckpointError listing all that is wrong with it."""
+def open_checkpoint(path: Path, read: Callable[[Path], Shard] | None = None) -> Checkpoint:
+    """Read every header of the checkpoint in `path`. Raises CheckpointError listing all that is wrong with it.
+
+    `read` reads one file instead of the format's own function.
+    """
     problems: list[str] = []
     shards: list[Shard] = []
     weight_map: dict[str, str] = {}
@@ -60,7 +63,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             weight_map = _weight_map(path, form, problems)
             for file in _files(path, form, weight_map, problems):
                 with collect(file, problems):
-                    shards.append(form.read(file))
+                    shards.append((read or form.read)(file))
         config = read_json_object(path / CONFIG) if has_config else {}
     if weight_map and not problems:
         problems.extend(_index_problems(index, weight_map, shards))

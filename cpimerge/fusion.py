@@ -13,16 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from .adapter import ADAPTER_FILES
 from .analysis import content_hash
 from .budget import Budget
-from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor
-from .companions import write_companions
+from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
+from .companions import companion_bytes, unreadable, write_companions
 from .cores import CoreReader
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
-from .models import Located, open_model
-from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan
+from .models import Locate, locate, open_model
+from .needs import check_disk
+from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary
 from .stream import (
     EXPONENT,
     Bytes,
@@ -38,7 +40,8 @@ from .stream import (
     workers,
 )
 from .transplant import Bits, Claim, Stored, transplant
-from .writer import ShardLayout, ShardWriter, shard_layouts, staged_directory
+from .vocabulary import settle
+from .writer import ShardLayout, ShardWriter, Target, shard_layouts, staged_directory
 
 __all__ = ["fuse_plan", "open_inputs"]
 
@@ -46,29 +49,48 @@ TOO_LARGE = "The inputs are too large to merge"
 PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
 
 
-def fuse_plan(plan: Plan, plan_dir: Path, out: Path, budget: Budget, force: bool, progress: Progress) -> dict[str, Any]:
-    """Write the fused checkpoint `out`; returns its manifest.
+def fuse_plan(
+    plan: Plan, plan_dir: Path, target: Target, budget: Budget, progress: Progress, find: Locate = locate
+) -> dict[str, Any]:
+    """Write the fused checkpoint to `target`; returns its manifest.
 
-    Raises PlanError where the plan is damaged or an input changed since, IncompatibleError where a result does not
-    fit the output dtype, OutputError where `out` cannot be written. Whatever is raised, nothing appears under `out`.
+    Raises PlanError where the plan is damaged or an input changed since, CheckpointError where the base's other files
+    cannot be copied, ResourceError where the disk is too small, IncompatibleError where a result does not fit the
+    output dtype, OutputError where the target cannot be written. Whatever is raised, nothing appears there.
     """
-    checkpoints = open_inputs(plan)
-    layouts = shard_layouts(tensor.output for tensor in plan.tensors)
-    forbidden = [plan_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
+    checkpoints = open_inputs(plan, find)
+    _check_companions(plan, checkpoints["base"].path, target)
+    layouts = shard_layouts((tensor.output for tensor in plan.tensors), target.shard_bytes)
+    forbidden = [plan_dir, *(path for checkpoint in checkpoints.values() for path in checkpoint.directories)]
     threads = workers(budget.threads, len(checkpoints))
-    with staged_directory(out, force, forbidden) as directory, threads as pool:
+    with staged_directory(target.directory, target.force, forbidden) as directory, threads as pool:
         with closing(_Fusion(plan, plan_dir, checkpoints, pool, progress)) as fusion:
             sha256 = {layout.filename: fusion.write_shard(layout, directory) for layout in layouts}
         return write_companions(plan, plan_dir, checkpoints["base"].path, directory, layouts, sha256)
 
 
-def open_inputs(plan: Plan) -> dict[str, Checkpoint]:
-    """Every checkpoint of the plan by name. Raises PlanError naming all that is gone or changed since."""
+def _check_companions(plan: Plan, base: Path, target: Target) -> None:
+    """Raise where the other files of the output cannot be written, before hours of work on its tensors."""
+    problems: list[str] = []
+    needed = plan.output_bytes
+    with collect(base, problems):
+        problems.extend(unreadable(base))
+        needed += companion_bytes(base, len(plan.tensors), len(plan.fold))
+    if problems:
+        raise CheckpointError(problems)
+    check_disk(needed, target.directory)
+
+
+def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
+    """Every checkpoint of the plan by name, where `find` finds it.
+
+    Raises PlanError naming all that is gone or changed since.
+    """
     checkpoints: dict[str, Checkpoint] = {}
     changed: list[str] = []
     for planned in plan.inputs:
         try:
-            checkpoint = open_model(Located(Path(planned.path)), checkpoints.get("base"))
+            checkpoint = open_model(find(planned.reference, planned.name == "base"), checkpoints.get("base"))
         except CheckpointError as error:
             changed.extend(error.problems)
             continue
@@ -76,13 +98,33 @@ def open_inputs(plan: Plan) -> dict[str, Checkpoint]:
         now = {shard.file.name: (shard.size, shard.header_xxh3) for shard in checkpoint.shards}
         then = {shard.file: (shard.size, shard.header_xxh3) for shard in planned.shards}
         differing = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
-        changed.extend(f"{checkpoint.path / file}: {_change(now.get(file), then.get(file))}" for file in differing)
+        changed.extend(f"{_place(checkpoint, file)}: {_change(now.get(file), then.get(file))}" for file in differing)
     if changed:
         raise PlanError([*changed, PLAN_AGAIN])
+    if plan.vocabulary is not None:
+        checkpoints = _in_one_vocabulary(plan.vocabulary, checkpoints)
     base = {name: list(info.shape) for name, info in checkpoints["base"].tensors.items()}
     if {tensor.name: tensor.shape for tensor in plan.tensors} != base:
         raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
     return checkpoints
+
+
+def _in_one_vocabulary(planned: Vocabulary, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """As they were planned. Raises PlanError where their tokenizers say something else by now."""
+    settled = settle(checkpoints, planned.mode)
+    problems = settled.damaged + settled.problems
+    if not problems and settled.vocabulary != planned:
+        now = settled.vocabulary.tokens_xxh3 if settled.vocabulary else {}
+        names = (name for name, xxh3 in planned.tokens_xxh3.items() if now.get(name) != xxh3)
+        problems = [f"{checkpoints[name].where}: its tokens changed since it was planned" for name in names]
+    if problems or settled.vocabulary != planned:
+        raise PlanError([*problems, PLAN_AGAIN])
+    return settled.checkpoints
+
+
+def _place(checkpoint: Checkpoint, file: str) -> Path:
+    """Where a shard is, or was: of an adapter or of the model under it."""
+    return (checkpoint.where if file in ADAPTER_FILES else checkpoint.path) / file
 
 
 def _change(now: tuple[int, str] | None, then: tuple[int, str] | None) -> str:
@@ -170,7 +212,7 @@ class _Fusion:
         changed = [name for name, digests in seen.items() if content_hash(digests) != tensor.xxh3[name]]
         if changed:
             where = (
-                f"{self.checkpoints[name].path}: tensor {tensor.name!r}: changed since planned" for name in changed
+                f"{self.checkpoints[name].where}: tensor {tensor.name!r}: changed since planned" for name in changed
             )
             raise PlanError([*where, "The inputs are not those that were planned: run `cpimerge plan` again"])
 

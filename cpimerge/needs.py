@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .analysis import SMALL, SMALL_ROWS, is_small, pool_rows
 from .budget import Budget, format_size
-from .checkpoint import ITEM_BYTES
+from .checkpoint import ITEM_BYTES, Tensor
+from .companions import companion_bytes
 from .cores import budget
 from .errors import ResourceError
+from .kernels.singles import MOST
 from .passes import CROWDED
+from .pieces import travel_bytes
 from .plan_file import Plan
 from .preflight import Inputs, pools
 from .selection import BIN_BITS
 from .stream import CHUNK, PENDING, row_count
+from .writer import OutputTensor, shard_layouts
 
 __all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "worker_bytes"]
 
@@ -28,7 +33,10 @@ JSON_BYTES = 600  # of plan.json for a tensor and a task
 class Needs:
     """What a run needs: `plan_bytes` at most, and about `scratch_bytes` beside the plan until it is complete.
 
-    The seconds are known after a probe, and are without start-up.
+    `output_bytes` are those of the output's tensors; its other files take about `companion_bytes`.
+
+    What is read from the Hub as it is needed: `plan_travel_bytes` and `fuse_travel_bytes`, more where many updates are
+    equal. The seconds are known after a probe, and are without start-up.
     """
 
     threads: int
@@ -37,6 +45,9 @@ class Needs:
     plan_bytes: int
     scratch_bytes: int
     output_bytes: int
+    companion_bytes: int
+    plan_travel_bytes: int = 0
+    fuse_travel_bytes: int = 0
     plan_seconds: float | None = None
     fuse_seconds: float | None = None
 
@@ -53,7 +64,26 @@ def plan_needs(inputs: Inputs, allowed: Budget) -> Needs:
         plan_bytes=_plan_bytes(inputs),
         scratch_bytes=_scratch_bytes(inputs),
         output_bytes=sum(spec.elements * ITEM_BYTES[spec.dtype] for spec in inputs.tensors),
+        companion_bytes=companion_bytes(
+            inputs.checkpoints[0].path, len(inputs.tensors), len(inputs.checkpoints) - inputs.first_member
+        ),
+        plan_travel_bytes=travel_bytes(_as_planned(inputs)),
+        fuse_travel_bytes=travel_bytes(_as_fused(inputs)),
     )
+
+
+def _as_planned(inputs: Inputs) -> Iterator[Tensor]:
+    """The tensors in the order in which `plan` reads them: each pool is sampled, then scanned."""
+    for pool in pools(inputs.tensors, inputs.recipe.scope).values():
+        for _ in range(2 if pool[0].eligible else 1):
+            yield from (info for spec in pool for info in spec.sources)
+
+
+def _as_fused(inputs: Inputs) -> Iterator[Tensor]:
+    """The tensors in the order in which `fuse` reads them: as they lie in the output."""
+    sources = {spec.name: spec.sources for spec in inputs.tensors}
+    layouts = shard_layouts(OutputTensor(spec.name, spec.dtype, spec.shape) for spec in inputs.tensors)
+    return (info for layout in layouts for output in layout.tensors for info in sources[output.name])
 
 
 def check_disk(needed: int, directory: Path) -> None:
@@ -71,19 +101,20 @@ def check_disk(needed: int, directory: Path) -> None:
 
 def worker_bytes(inputs: Inputs) -> int:
     """What one worker thread needs at least for `plan` and then `fuse`."""
-    return max(_plan_worker_bytes(inputs), _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)))
+    least = max(_plan_worker_bytes(inputs), _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)))
+    return least + sum(checkpoint.scratch_bytes for checkpoint in inputs.checkpoints)
 
 
 def fuse_worker_bytes(plan: Plan) -> int:
     """What one worker thread needs at least for `fuse`."""
-    return _fuse_worker_bytes(len(plan.inputs), len(plan.tasks))
+    return _fuse_worker_bytes(len(plan.inputs), len(plan.tasks)) + sum(entry.scratch_bytes for entry in plan.inputs)
 
 
 def _plan_worker_bytes(inputs: Inputs) -> int:
     """Buffers, a small pool whose every element is open, and results that wait to be written."""
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
-    buffers = CHUNK * (checkpoints * (item + 4) + 8)
+    buffers = CHUNK * (checkpoints * (item + 4) + 16) + checkpoints * (CHUNK // 8 + 4 * MOST)
     settled = SMALL * tasks // 8 + _gram_bytes(inputs)
     pool = int(SMALL * CROWDED) * 4 * (1 + checkpoints) + settled
     return buffers + pool + PENDING * (settled + tasks * HISTOGRAM_BYTES)

@@ -21,9 +21,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .checkpoint import FLOAT_BYTES
 from .errors import PlanError
+from .references import Reference, planned_place
 from .writer import OutputTensor
 
-__all__ = ["Blend", "Input", "Pair", "Plan", "Settings", "ShardIdentity", "Task", "TaskTensor", "TensorPlan"]
+__all__ = [
+    "Blend",
+    "Input",
+    "JoinedToken",
+    "Pair",
+    "Plan",
+    "Settings",
+    "ShardIdentity",
+    "Task",
+    "TaskTensor",
+    "TensorPlan",
+    "Vocabulary",
+]
+
+Mode = Literal["base", "union"]  # of vocabularies that differ
 
 PLAN_FILE = "plan.json"
 COEFFICIENTS_FILE = "coefficients.npy"
@@ -44,11 +59,22 @@ class ShardIdentity(_Model):
 
 
 class Input(_Model):
-    """One checkpoint. `name`: "base", a task's name, or "backbone" where the recipe gives the backbone by path."""
+    """One checkpoint. `name`: "base", a task's name, or "backbone" where the recipe gives the backbone by path.
+
+    `path` is its directory, or `org/name@commit` where it was read from the Hub; `adapter`, in the same way, that of
+    the adapter on it. A thread that reads it holds up to `scratch_bytes` beside its buffers.
+    """
 
     name: str
     path: str
+    adapter: str | None = None
+    scratch_bytes: int = 0
     shards: list[ShardIdentity]
+
+    @property
+    def reference(self) -> Reference:
+        """Where it was when it was planned."""
+        return Reference(planned_place(self.path), planned_place(self.adapter) if self.adapter else None)
 
 
 class Settings(_Model):
@@ -60,6 +86,33 @@ class Settings(_Model):
     scope: Literal["tensor", "layer", "global"]
     tau: float
     rest: float
+
+
+class JoinedToken(_Model):
+    """A token that the base's tokenizer gets, with the flags that tokenizers knows."""
+
+    id: int
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+
+class Vocabulary(_Model):
+    """The one vocabulary of the output, where those of the inputs differ; `tensors` have a row a token.
+
+    `joined` are tokens new to the base's tokenizer. `tokens_xxh3` identifies the tokens of the base and of each input
+    whose tokens are not the base's.
+    """
+
+    mode: Mode
+    base_rows: int
+    rows: int
+    tensors: list[str]
+    joined: list[JoinedToken]
+    tokens_xxh3: dict[str, str]
 
 
 class TaskTensor(_Model):
@@ -163,6 +216,7 @@ class Plan(_Model):
     backbone: str
     fold: list[str]
     notes: list[str]
+    vocabulary: Vocabulary | None = None  # None: that of every input
     chat_template: str | None = None  # of the output; None: the base's
     coefficients_xxh3: str | None
     seal: str = ""  # xxh3-128 over what must not be edited; `sealed` sets it, `load` checks it
@@ -211,14 +265,12 @@ class Plan(_Model):
 
     def sealed(self) -> Plan:
         """This plan with its seal, as `load` will want it."""
-        return self.model_copy(update={"seal": _seal(self.model_dump())})
+        return self.model_copy(update={"seal": _seal(self)})
 
     def save(self, directory: Path) -> None:
         """Write plan.json, a tensor a line. Tensors come last, so that the summary is at the top."""
-        fields = self.model_dump()
-        tensors = fields.pop("tensors")
-        head = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
-        lines = ",\n  ".join(json.dumps(tensor, ensure_ascii=False, allow_nan=False) for tensor in tensors)
+        head = self.model_dump_json(exclude={"tensors"}, indent=1)
+        lines = ",\n  ".join(tensor.model_dump_json() for tensor in self.tensors)
         text = f'{head[:-2]},\n "tensors": [\n  {lines}\n ]\n}}\n'
         (directory / PLAN_FILE).write_text(text, encoding="utf-8")
 
@@ -237,20 +289,29 @@ class Plan(_Model):
             plan = cls.model_validate(raw)
         except ValidationError as error:
             raise PlanError([f"{file}: {_place(entry['loc'])}{entry['msg']}" for entry in error.errors()]) from error
-        if plan.seal != _seal(raw):
+        if plan.seal != _seal(plan):
             raise PlanError(
                 f"{file}: entries were edited that must not be (see docs/plan.md). Run `cpimerge plan` again"
             )
         return plan
 
 
-def _seal(fields: Mapping[str, Any]) -> str:
+def _seal(plan: Plan) -> str:
     """xxh3-128 of all that describes the inputs and the cores; the rest of a plan may be edited."""
-    fixed = {key: fields[key] for key in ("inputs", "tasks", "coefficients_xxh3")}
-    fixed["chunks"] = [fields["settings"][key] for key in ("granularity", "scope")]
-    editable = ("dtype", "blend")
-    fixed["tensors"] = [{key: x for key, x in t.items() if key not in editable} for t in fields["tensors"]]
-    return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
+    fixed = plan.model_dump_json(
+        include={
+            "inputs": True,
+            "tasks": True,
+            "coefficients_xxh3": True,
+            "vocabulary": True,
+            "settings": {"granularity", "scope"},
+            "tensors": {"__all__": SEALED_OF_A_TENSOR},
+        }
+    )
+    return xxhash.xxh3_128_hexdigest(fixed.encode())
+
+
+SEALED_OF_A_TENSOR = TensorPlan.model_fields.keys() - {"dtype", "blend"}
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -22,7 +22,7 @@ from .overlap import Counts, chance, jaccard, stages
 from .passes import Settled
 from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
 from .preflight import Inputs, TensorSpec
-from .references import Reference
+from .references import Reference, planned_path
 from .shelf import Shelf
 from .stream import Progress, workers
 from .writer import staged_directory
@@ -36,10 +36,9 @@ def make_plan(inputs: Inputs, out: Path, budget: Budget, force: bool, progress: 
     Raises IncompatibleError for what only the data show (NaN, Inf, unequal non-float tensors), CheckpointError for
     files that change or cannot be read, OutputError where `out` cannot be written.
     """
-    paths = [checkpoint.path for checkpoint in inputs.checkpoints]
     threads = workers(budget.threads, len(inputs.checkpoints))
     with (
-        staged_directory(out, force, paths) as directory,
+        staged_directory(out, force, inputs.directories) as directory,
         closing(_PlanFiles(inputs, directory)) as files,
         threads as pool,
     ):
@@ -106,6 +105,7 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
         backbone=backbone,
         fold=members,
         notes=list(inputs.notes),
+        vocabulary=inputs.vocabulary,
         chat_template=inputs.chat_template,
         coefficients_xxh3=coefficients_xxh3,
         tensors=[_tensor(inputs, spec, findings[spec.name], files, blends.get(spec.name)) for spec in inputs.tensors],
@@ -129,7 +129,13 @@ def _input(name: str, checkpoint: Checkpoint) -> Input:
         ShardIdentity(file=shard.file.name, size=shard.size, header_xxh3=shard.header_xxh3, sha256=shard.sha256)
         for shard in checkpoint.shards
     ]
-    return Input(name=name, path=str(checkpoint.path), shards=shards)
+    return Input(
+        name=name,
+        path=planned_path(checkpoint.path),
+        adapter=planned_path(checkpoint.adapter) if checkpoint.adapter else None,
+        scratch_bytes=checkpoint.scratch_bytes,
+        shards=shards,
+    )
 
 
 def _task(inputs: Inputs, findings: dict[str, Findings], number: int, core_xxh3: str) -> Task:
@@ -209,8 +215,8 @@ def _action(spec: TensorSpec, found: Findings) -> Literal["copy", "identical", "
 
 
 def _task_tensor(spec: TensorSpec, found: Findings, number: int) -> TaskTensor:
-    changed, near, rounding = map(int, found.updates[number])
-    sum_in, sum_out = map(float, found.sums[number])
+    changed, near, rounding = found.updates[number].tolist()
+    sum_in, sum_out = found.sums[number].tolist()
     return TaskTensor(
         dtype=spec.sources[1 + number].dtype,
         changed=changed,

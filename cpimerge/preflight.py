@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from .chat_template import settle_template
 from .checkpoint import FLOAT_NAMES, Checkpoint, Tensor, collect, is_unicode, layer_of
 from .companions import module_weights, unreadable
-from .compatibility import differences, notes, refused_dtypes
+from .compatibility import differences, notes
 from .depths import positions, side_problems, slice_problems
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
-from .models import locate, open_model
+from .models import Locate, locate, open_model
+from .plan_file import Vocabulary
+from .quantized import quantization, refused, stale_config
 from .recipe import Recipe, Setting, Task, matches
 from .references import Reference
+from .ties import copies_in, judge
+from .vocabulary import Settled, settle
 
-__all__ = ["Inputs", "TensorSpec", "check", "pools"]
+__all__ = ["Inputs", "TensorSpec", "check", "pools", "references_of"]
 
 HEADER_DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}
 
@@ -73,11 +78,17 @@ class Inputs:
     tensors: tuple[TensorSpec, ...]  # natural-sorted by name
     notes: tuple[str, ...]
     chat_template: str | None = None  # of the output; None: the base's
+    vocabulary: Vocabulary | None = None  # where theirs differ: the one that `checkpoints` are in the rows of
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors in all checkpoints."""
         return sum(spec.source_bytes for spec in self.tensors)
+
+    @property
+    def directories(self) -> list[Path]:
+        """Where the inputs lie, and no output may."""
+        return [path for checkpoint in self.checkpoints for path in checkpoint.directories]
 
     @property
     def first_member(self) -> int:
@@ -107,42 +118,54 @@ class _Findings:
                 raise kind(everything)
 
 
-def check(recipe: Recipe) -> Inputs:
-    """Open and compare everything that the recipe names; reads headers only.
+def check(recipe: Recipe, find: Locate = locate) -> Inputs:
+    """Open and compare everything that the recipe names, where `find` finds it; reads headers only.
 
     Raises RecipeError, CheckpointError or IncompatibleError, listing all problems of all checkpoints at once.
     """
     findings = _Findings(notes=list(recipe.notes))
-    references = _references(recipe)
-    base = _open(recipe.base, None, findings)
+    references = references_of(recipe)
+    base = _open(recipe.base, None, find, findings)
     opened = {recipe.base: base}
     for reference in references.values():
         if reference not in opened:
-            opened[reference] = _open(reference, base, findings)
+            opened[reference] = _open(reference, base, find, findings)
     if base is not None:
         _check_base(base, recipe, findings)
-        for other in opened.values():
-            if other is not None and other is not base:
-                _compare(base, other, findings)
+        _judge(base, [other for other in opened.values() if other is not None and other is not base], findings)
+    settled = _settle({name: opened[reference] for name, reference in references.items()}, recipe, findings)
+    models = {reference: name for name, reference in references.items() if reference != recipe.base}
+    for name in models.values() if base is not None else ():
+        if name in settled.checkpoints:
+            _compare(settled, name, findings)
     findings.raise_any()
-    checkpoints = {name: found for name, reference in references.items() if (found := opened[reference])}
+    checkpoints = settled.checkpoints
     tensors = tuple(_specs(recipe, checkpoints))
     findings.recipe.extend(_budget_problems(recipe, tensors))
     findings.recipe.extend(_weight_problems(recipe, tensors))
+    findings.notes.extend(_apart(recipe, checkpoints["base"], tensors))
     template = settle_template(recipe.chat_template, checkpoints, findings.checkpoints, findings.notes)
     findings.raise_any()
-    return Inputs(recipe, tuple(checkpoints), tuple(checkpoints.values()), tensors, tuple(findings.notes), template)
+    return Inputs(
+        recipe=recipe,
+        names=tuple(checkpoints),
+        checkpoints=tuple(checkpoints.values()),
+        tensors=tensors,
+        notes=tuple(findings.notes),
+        chat_template=template,
+        vocabulary=settled.vocabulary,
+    )
 
 
-def _references(recipe: Recipe) -> dict[str, Reference]:
+def references_of(recipe: Recipe) -> dict[str, Reference]:
     """Name -> reference of every checkpoint, in the order of `Inputs.checkpoints`."""
     references = {"base": recipe.base} | {task.name: task.model for task in recipe.tasks}
     return references | ({"backbone": recipe.backbone} if isinstance(recipe.backbone, Reference) else {})
 
 
-def _open(reference: Reference, base: Checkpoint | None, findings: _Findings) -> Checkpoint | None:
+def _open(reference: Reference, base: Checkpoint | None, find: Locate, findings: _Findings) -> Checkpoint | None:
     try:
-        located = locate(reference)
+        located = find(reference, base is None)
         for path in filter(None, (located.path, located.adapter)):
             if not is_unicode(str(path)):
                 raise CheckpointError(
@@ -152,9 +175,10 @@ def _open(reference: Reference, base: Checkpoint | None, findings: _Findings) ->
     except CheckpointError as error:
         findings.checkpoints.extend(error.problems)
         return None
-    findings.checkpoints.extend(refused_dtypes(checkpoint))
-    findings.notes.extend(checkpoint.notes)
-    return checkpoint
+    findings.checkpoints.extend(refused(checkpoint))
+    findings.notes.extend(stale_config(checkpoint))
+    findings.notes.extend(note for note in checkpoint.notes if note not in findings.notes)  # adapters share a model
+    return checkpoint if quantization(checkpoint) is None else None  # its tensors compare with no others
 
 
 def _check_base(base: Checkpoint, recipe: Recipe, findings: _Findings) -> None:
@@ -170,10 +194,31 @@ def _check_base(base: Checkpoint, recipe: Recipe, findings: _Findings) -> None:
         )
 
 
-def _compare(base: Checkpoint, other: Checkpoint, findings: _Findings) -> None:
-    findings.incompatible.extend(differences(base, other))
+def _judge(base: Checkpoint, others: Sequence[Checkpoint], findings: _Findings) -> None:
+    """Whether what was saved twice is equal, as far as the merge relies on it."""
+    with collect(base.path, findings.checkpoints):
+        problems, notes = judge(base, others)
+        findings.incompatible.extend(problems)
+        findings.notes.extend(notes)
+
+
+def _settle(opened: dict[str, Checkpoint | None], recipe: Recipe, findings: _Findings) -> Settled:
+    """Bring the vocabularies of those that could be opened together, if the base is there to compare with."""
+    found = {name: checkpoint for name, checkpoint in opened.items() if checkpoint is not None}
+    if "base" not in found:
+        return Settled(found)
+    settled = settle(found, recipe.vocabulary)
+    findings.checkpoints.extend(settled.damaged)
+    findings.incompatible.extend(settled.problems)
+    findings.notes.extend(settled.notes)
+    return settled
+
+
+def _compare(settled: Settled, name: str, findings: _Findings) -> None:
+    base, other = settled.checkpoints["base"], settled.checkpoints[name]
+    findings.incompatible.extend(differences(base, other, settled.explained.get(name, frozenset())))
     with collect(other.path, findings.checkpoints):
-        findings.notes.extend(notes(base, other))
+        findings.notes.extend(notes(base, other, settled.vocabulary))
 
 
 def _filter_problems(recipe: Recipe, names: list[str]) -> Iterator[str]:
@@ -263,6 +308,20 @@ def _weight_problems(recipe: Recipe, tensors: Iterable[TensorSpec]) -> Iterator[
         f"{recipe.file or 'recipe'}:{rule.line}: {rule.key}: every task's weight is 0 for tensor "
         f"{weightless[0]!r}{more}. Give one of the tasks a weight there"
     )
+
+
+def _apart(recipe: Recipe, base: Checkpoint, tensors: Iterable[TensorSpec]) -> Iterator[str]:
+    """A note for each of the base's copies that may come out unlike its original."""
+    specs = {spec.name: spec for spec in tensors}
+    for twins in copies_in(base):
+        copy, original = specs[twins.copy.name], specs[twins.original.name]
+        numbers = [(spec.eligible, spec.density, spec.weight, spec.t) for spec in (copy, original)]
+        if recipe.scope != "tensor" or numbers[0] != numbers[1]:
+            yield (
+                f"{base.path}: {copy.name} is a copy of {original.name}, and with these parameters they may come out "
+                "different, so that they are tied no longer. To have one only, load the base with transformers and "
+                "save it"
+            )
 
 
 def pools(tensors: Iterable[TensorSpec], scope: str) -> dict[tuple[str, str], list[TensorSpec]]:

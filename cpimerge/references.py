@@ -7,10 +7,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["HubModel", "Place", "Reference", "parse_reference"]
+__all__ = ["HubModel", "Place", "Reference", "parse_reference", "planned_path", "planned_place"]
 
 # `org/name`, perhaps `@revision`. What begins with a dot, a slash or a tilde is a path.
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+# In a cache of the Hub's models, and in the one that lasts for a run alone (see remote.py).
+SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+STREAMED = ".stream"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Place:
 
     path: Path  # absolute and normalised, symbolic links kept; it need not exist
     hub: HubModel | None = field(default=None, compare=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it can only be, or is, the directory `path`."""
+        return self.hub is None or os.path.exists(self.path)  # False where it cannot be
 
 
 @dataclass(frozen=True)
@@ -59,3 +68,24 @@ def _place(text: str, directory: Path) -> Place:
     found = HUB_NAME.fullmatch(text)
     hub = HubModel(found["name"], found["revision"]) if found else None
     return Place(Path(os.path.abspath(directory / os.path.expanduser(text))), hub)
+
+
+def planned_path(path: Path) -> str:
+    """What a plan calls a directory: its path, or `org/name@commit` where it goes at the end of the run."""
+    found = SNAPSHOT.search(path.as_posix())
+    lasts = not any(part.endswith(STREAMED) for part in path.parts)
+    return str(path) if lasts or found is None else f"{_name(found)}@{found['commit']}"
+
+
+def planned_place(text: str) -> Place:
+    """The place that a plan calls `text`: a directory, or a model on the Hub at its commit.
+
+    What was planned from the Hub's cache can be fetched again if it is no longer there.
+    """
+    if found := SNAPSHOT.search(text):
+        return Place(Path(text), HubModel(_name(found), found["commit"]))
+    return _place(text, Path("/"))
+
+
+def _name(found: re.Match[str]) -> str:
+    return found["name"].replace("--", "/", 1)

@@ -30,6 +30,8 @@ __all__ = [
     "plan_summary",
     "printable",
     "render",
+    "share",
+    "titled",
 ]
 
 MATRIX_TASKS = 10  # what fits 80 columns; more are listed pair by pair
@@ -62,15 +64,20 @@ def render(renderables: Iterable[RenderableType], width: int | None, color: bool
 def needs_report(needs: Needs) -> str:
     """What the run will need in memory, disk and, where it was probed, time: a line for each phase."""
     threads = f"{needs.threads} thread" + ("s" if needs.threads > 1 else "")
-    planned = f"reads {format_size(needs.input_bytes)}, writes at most {format_size(needs.plan_bytes)}"
+    planned = f"{_reads(needs, needs.plan_travel_bytes)}, writes at most {format_size(needs.plan_bytes)}"
     if needs.scratch_bytes:
         planned += f" (and about {format_size(needs.scratch_bytes)} that goes again)"
-    fused = f"reads {format_size(needs.input_bytes)}, writes {format_size(needs.output_bytes)}"
+    fused = f"{_reads(needs, needs.fuse_travel_bytes)}, writes {format_size(needs.output_bytes)}"
     return (
         f"plan: {planned}{_takes(needs.plan_seconds)}\n"
         f"fuse: {fused}{_takes(needs.fuse_seconds)}\n"
         f"both: on {threads}, in at most {format_size(needs.memory_bytes)} of memory"
     )
+
+
+def _reads(needs: Needs, travel_bytes: int) -> str:
+    travels = f" ({format_size(travel_bytes)} travel from the Hub)" if travel_bytes else ""
+    return f"reads {format_size(needs.input_bytes)}{travels}"
 
 
 def _takes(seconds: float | None) -> str:
@@ -96,7 +103,7 @@ def plan_report(plan: Plan) -> Iterator[RenderableType]:
     yield from (f"note: {line}" for line in (*_remarks(plan), *map(printable, plan.notes)))
 
 
-def _titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Titled:
+def titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Titled:
     """A table under its title. The column `names`, from 0, holds names, which may fold; the others hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for number, heading in enumerate(headings):
@@ -128,7 +135,7 @@ def _tasks_table(plan: Plan) -> Titled:
         for number, task in enumerate(plan.tasks, 1)
     ]
     headings = ("#", "task", "changed", "core", "|Δ| in core", "|Δ| outside")
-    return _titled(f"Tasks: {plan.tasks[0].elements:,} elements, mean update |Δ|", headings, rows)
+    return titled(f"Tasks: {plan.tasks[0].elements:,} elements, mean update |Δ|", headings, rows)
 
 
 def _sparsity_table(plan: Plan) -> Titled:
@@ -141,7 +148,7 @@ def _sparsity_table(plan: Plan) -> Titled:
         shares = (share(count, task.elements) for count in counts)
         rows.append((str(number), printable(task.name), *shares, own, base))
     headings = ("#", "task", "|Δ| = 0", "≤ 1e-5", "≤ ½ ulp", "dtype", "base")
-    return _titled("Update sparsity: share of elements", headings, rows)
+    return titled("Update sparsity: share of elements", headings, rows)
 
 
 def _dtypes(dtypes: Iterable[str]) -> str:
@@ -157,7 +164,7 @@ def _overlap_matrix(plan: Plan) -> Titled:
     names = [task.name for task in plan.tasks]
     rows = [(str(number), printable(a), *(cells.get((a, b), "·") for b in names)) for number, a in enumerate(names, 1)]
     headings = ("#", "task", *map(str, range(1, len(names) + 1)))
-    title, table = _titled("Overlap of cores: Jaccard index above the diagonal, × chance below", headings, rows)
+    title, table = titled("Overlap of cores: Jaccard index above the diagonal, × chance below", headings, rows)
     table.padding = (0, 0)
     table.columns[1].overflow = "ellipsis"  # the tables above have the whole names
     return title, table
@@ -171,7 +178,7 @@ def _overlap_list(plan: Plan) -> Titled:
         for p in pairs
     ]
     more = f" ({len(pairs)} highest of {len(plan.pairs)} pairs)" if len(pairs) < len(plan.pairs) else ""
-    return _titled(f"Overlap of cores{more}", ("#", "tasks", "Jaccard", "× chance"), rows)
+    return titled(f"Overlap of cores{more}", ("#", "tasks", "Jaccard", "× chance"), rows)
 
 
 def _lift(pair: Pair) -> str:
@@ -217,7 +224,7 @@ def _blend_table(plan: Plan) -> Titled:
     rows.append((f"{actions['identical']:,}", "identical, copied"))
     rows.append((f"{actions['copy']:,}", "not floats, copied"))
     headings = ("tensors", "outside the cores", "slerp steps", "angle min", "mean", "max")
-    return _titled("Blend", headings, rows)
+    return titled("Blend", headings, rows)
 
 
 def _blends(plan: Plan) -> dict[str, list[Blend]]:
@@ -282,7 +289,7 @@ def demo_report(result: DemoResult) -> Iterator[RenderableType]:
         for model, row in result.scores.items()
     ]
     headings = ("model", *result.tasks, "of experts")
-    yield from _titled(
+    yield from titled(
         "Scores: share of the next bytes that are right, on test data held out of training", headings, rows, 0
     )
     yield "of experts: the score as a share of that of the task's own expert, in the mean over the tasks"

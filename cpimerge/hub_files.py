@@ -1,0 +1,85 @@
+"""Which files of a model on the Hub a merge needs, by their names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from .checkpoint import CONFIG, INDEX, WEIGHTS
+from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM
+
+__all__ = ["INDEXES", "adapter_files", "are_weights", "companions", "is_small", "weights"]
+
+# Single files and the indexes of sharded ones, in the order in which they are preferred.
+FORMS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+INDEXES = tuple(index for _, index in FORMS)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FORMS = ("adapter_model.safetensors", "adapter_model.bin")
+# What tells whether two models speak of the same things: configuration, tokens, chat template.
+DESCRIPTIONS = (
+    *(CONFIG, "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("spiece.model", "sentencepiece*", "*.tiktoken", "chat_template*"),
+)
+
+
+def weights(names: Collection[str], shards: Iterable[str] = ()) -> list[str]:
+    """The weights among the file `names` of a model, with the index that leads to them.
+
+    `shards` are those that the index names. Empty where there are none in a form that can be read.
+    """
+    for single, index in FORMS:
+        if single in names:
+            return [single]
+        if index in names:
+            return [index, *sorted(set(shards) & set(names))]
+    return []
+
+
+def adapter_files(names: Collection[str]) -> list[str]:
+    """An adapter's configuration and weights; empty where `names` are not those of one."""
+    if ADAPTER_CONFIG not in names:
+        return []
+    return [ADAPTER_CONFIG, *[name for name in ADAPTER_FORMS if name in names][:1]]
+
+
+def is_small(name: str) -> bool:
+    """Whether the file describes an expert: it is compared with the base's."""
+    return "/" not in name and _matches(name, DESCRIPTIONS)
+
+
+def are_weights(name: str) -> bool:
+    """Whether the file holds weights in some form, be it one that cannot be merged."""
+    return _matches(name, WEIGHTS_IN_ANY_FORM)
+
+
+def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterator[str]:
+    """What the output takes over from a base that has these files: as `companions.companion_files`.
+
+    `modules` are the folders that its modules.json names, which go along with their weights.
+    """
+    other_models = {
+        folder
+        for name in names
+        for folder, _, file in [name.rpartition("/")]
+        if folder and file in (WEIGHTS, INDEX, ADAPTER_CONFIG)
+    }
+    for name in sorted(names):
+        folder, _, file = name.rpartition("/")
+        if _enters(folder, modules, other_models):
+            denied = STATE if folder in modules else WEIGHTS_IN_ANY_FORM + STATE
+            if not _matches(file, denied):
+                yield name
+
+
+def _enters(folder: str, modules: Collection[str], other_models: Collection[str]) -> bool:
+    """Whether files of a folder, and of those it lies in, go along."""
+    while folder:
+        above, _, own = folder.rpartition("/")
+        if folder not in modules and (folder in other_models or _matches(own, NOT_ENTERED)):
+            return False
+        folder = above
+    return True
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
