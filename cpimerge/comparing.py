@@ -21,6 +21,7 @@ from .inspection import Model, contents
 from .kernels.differences import Difference as Found
 from .kernels.differences import compare
 from .kernels.scanning import Look
+from .layouts import compare_layouts
 from .passes import NEAR, PRECISION
 from .stream import BLOCK_CHUNKS, CHUNK, Bytes, Chunk, Progress, Workers, bits_of, chunks, decode, kinds_of, workers
 
@@ -103,28 +104,26 @@ def compare_checkpoints(base_model: Model, other_model: Model, budget: Budget, p
                 done += chunk.size * sum(info.item_bytes for info in found.pair.sources)
             progress("inspect", done, total)
     progress("inspect", total, total)
+    only_base = tuple(name for name in base.tensors if name not in other.tensors)
+    only_other = tuple(name for name in other.tensors if name not in base.tensors)
     every = tallies.values()
+    floats = [tally for tally in every if _is_float(tally.pair)]
     return Comparison(
         base=contents(base_model),
         other=contents(other_model),
-        tensors=tuple(TensorDifference(t.pair.name, t.pair.shape, t.difference()) for t in every if _is_float(t.pair)),
+        tensors=tuple(TensorDifference(tally.pair.name, tally.pair.shape, tally.difference()) for tally in floats),
         unequal=tuple(_unequal(tally) for tally in every if not _is_float(tally.pair)),
-        only_base=tuple(name for name in base.tensors if name not in other.tensors),
-        only_other=tuple(name for name in other.tensors if name not in base.tensors),
+        only_base=only_base,
+        only_other=only_other,
         unlike=tuple(unlike),
-        faults=tuple(
-            Fault(where, tally.pair.name, *fault)
-            for tally in every
-            if _is_float(tally.pair)
-            for where, fault in tally.places.items()
-        ),
+        faults=tuple(_fault(tally, where) for tally in floats for where in tally.places),
+        notes=tuple(compare_layouts(base, other, only_base, only_other).problems),
     )
 
 
 def worker_bytes(*checkpoints: Checkpoint) -> int:
     """What one worker thread needs at least."""
-    scratch = [max((info.scratch_bytes for info in one.tensors.values()), default=0) for one in checkpoints]
-    return CHUNK * 2 * (8 + 4) + FAULT_BYTES + sum(scratch)
+    return CHUNK * 2 * (8 + 4) + FAULT_BYTES + sum(checkpoint.scratch_bytes for checkpoint in checkpoints)
 
 
 def _pairs(base: Checkpoint, other: Checkpoint) -> tuple[list[_Pair], list[Unlike]]:
@@ -218,6 +217,11 @@ def _unequal_elements(pair: _Pair, chunk: Chunk, stored: Sequence[Bytes]) -> _Ta
 def _unequal(tally: _Tally) -> Unequal:
     count, first = tally.places.get("difference", (0, None))
     return Unequal(tally.pair.name, tally.pair.sources[0].dtype, math.prod(tally.pair.shape), count, first)
+
+
+def _fault(tally: _Tally, where: str) -> Fault:
+    count, first = tally.places[where]
+    return Fault(where, tally.pair.name, count, first)
 
 
 def _faults(pair: _Pair, chunk: Chunk, stored: Sequence[Bytes]) -> dict[str, tuple[int, int]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import layer_of
 from .inspection import Contents, kind_of, stack_of
 
 __all__ = ["Comparison", "Difference", "Fault", "Place", "TensorDifference", "Unequal", "Unlike", "combine"]
+
+
+COUNTED = ("tensors", "identical", "elements", "left_out", "changed", "near", "rounding")
+SUMMED = (*COUNTED, "base_square", "product", "other_square", "change_square")
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,15 @@ class Difference:
 
     def as_dict(self) -> dict[str, Any]:
         """Counts, norms and their quotients, ready for JSON."""
+        counts = {key: getattr(self, key) for key in COUNTED}
         norms = {
             "base_norm": math.sqrt(self.base_square),
             "norm": math.sqrt(self.other_square),
             "change_norm": math.sqrt(self.change_square),
         }
-        squares = ("base_square", "product", "other_square", "change_square")
-        plain = {key: value for key, value in asdict(self).items() if key not in squares}
-        return plain | norms | {"relative": self.relative, "cosine": self.cosine}
+        quotients = {"relative": self.relative, "cosine": self.cosine}
+        largest = None if self.largest is None else vars(self.largest)
+        return counts | norms | quotients | {"largest": largest, "dtypes": self.dtypes}
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Comparison:
     only_other: tuple[str, ...]
     unlike: tuple[Unlike, ...]
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...]  # names that differ as a whole
 
     @property
     def total(self) -> Difference:
@@ -152,18 +158,13 @@ class Comparison:
             "total": self.total.as_dict(),
             **{name: {key: some.as_dict() for key, some in self.by(of).items()} for name, of in by.items()},
             "tensors": {t.name: {"shape": t.shape} | t.difference.as_dict() for t in self.tensors},
-            "not_float": [asdict(tensor) for tensor in self.unequal],
+            "not_float": [vars(tensor) for tensor in self.unequal],
             "only_base": self.only_base,
             "only_other": self.only_other,
-            "unlike": [asdict(tensor) for tensor in self.unlike],
-            "faults": [asdict(fault) for fault in self.faults],
+            "unlike": [vars(tensor) for tensor in self.unlike],
+            "faults": [vars(fault) for fault in self.faults],
+            "notes": self.notes,
         }
-
-
-SUMMED = (
-    *("tensors", "identical", "elements", "left_out", "changed", "near", "rounding"),
-    *("base_square", "product", "other_square", "change_square"),
-)
 
 
 def combine(differences: Iterable[Difference]) -> Difference:

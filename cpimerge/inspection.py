@@ -7,16 +7,18 @@ all whose names differ in their all-digit components only (`model.layers.*.mlp.u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checkpoint import REFUSED_BYTES, Checkpoint, Tensor, collect, layer_of
-from .compatibility import HEADS
+from .adapter import is_adapter
+from .checkpoint import Checkpoint, Tensor, collect, layer_of
 from .errors import CheckpointError
 from .models import locate, open_model
-from .references import parse_reference
+from .quantized import quantization, refused, stale_config
+from .references import Reference, parse_reference
+from .ties import is_head
 from .tokenizer_files import TokenizerFiles, added_entries, find_tokenizer, read_json, read_tokens
 
 __all__ = [
@@ -125,7 +127,7 @@ class Contents:
     tensors: tuple[TensorInfo, ...]
     model_type: str | None
     architectures: tuple[str, ...]
-    quantization: str | None
+    quantization: str | None  # the scheme, "" for one without a name
     tied: bool | None
     heads: tuple[str, ...]
     vocab_size: int | None
@@ -135,7 +137,7 @@ class Contents:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        return asdict(self)
+        return asdict(replace(self, tensors=())) | {"tensors": [vars(tensor) for tensor in self.tensors]}
 
 
 @dataclass(frozen=True)
@@ -154,25 +156,31 @@ def open_named(*names: str) -> list[Model]:
     problems: list[str] = []
     models: list[Model] = []
     for name in names:
-        base = models[0].checkpoint if models else None
         with collect(Path(name), problems):
-            models.append(Model(name, open_model(locate(parse_reference(name, Path.cwd())), base)))
+            models.append(Model(name, _open(parse_reference(name, Path.cwd()), models)))
     if problems:
         raise CheckpointError(problems)
     return models
+
+
+def _open(reference: Reference, models: Sequence[Model]) -> Checkpoint:
+    """As it is saved: only an adapter alone is opened as a model on the first."""
+    located = locate(reference)
+    alone = located.adapter is None and is_adapter(located.path)
+    return open_model(located, models[0].checkpoint if alone and models else None)
 
 
 def contents(model: Model) -> Contents:
     """What is in a checkpoint. Reads the files of its tokenizer; a damaged one is a note."""
     checkpoint = model.checkpoint
     config, tensors = checkpoint.config, checkpoint.tensors
-    notes = list(checkpoint.notes)
+    notes = [*checkpoint.notes, *refused(checkpoint), *stale_config(checkpoint)]
     vocab_size = _setting(config, "vocab_size", int)
-    heads = tuple(name for name, info in tensors.items() if _is_head(info))
+    heads = tuple(name for name in tensors if _is_head(name))
     vocabulary = {name: info.shape[0] for name, info in tensors.items() if _is_vocabulary(info, vocab_size)}
     tokenizer = _tokenizer(checkpoint.path, notes)
-    quantization, tied = _quantization(config), _setting(config, "tie_word_embeddings", bool)
-    notes += _oddities(tensors, quantization, heads if tied else ())
+    if checkpoint.tied:
+        notes += [f"the config ties the output head to the embeddings, but {name} is stored too" for name in heads]
     notes += _vocabulary_oddities(vocabulary, vocab_size, tokenizer)
     return Contents(
         name=model.name,
@@ -190,8 +198,8 @@ def contents(model: Model) -> Contents:
         tensors=tuple(TensorInfo(info.name, info.dtype, info.shape) for info in tensors.values()),
         model_type=_setting(config, "model_type", str),
         architectures=_texts(config.get("architectures")),
-        quantization=quantization,
-        tied=tied,
+        quantization=quantization(checkpoint),
+        tied=checkpoint.tied,
         heads=heads,
         vocab_size=vocab_size,
         vocabulary=vocabulary,
@@ -253,27 +261,19 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
 
 
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    """The method that the config names, or "unnamed"; None where the model is not quantised."""
-    settings = _setting(config, "quantization_config", dict)
-    if not settings:
-        return None
-    return _setting(settings, "quant_method", str) or "unnamed"
-
-
 def _last(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _is_head(info: Tensor) -> bool:
-    return _last(info.name) in HEADS and len(info.shape) == 2 and not layer_of(info.name)
+def _is_head(name: str) -> bool:
+    return is_head(name) and not layer_of(name)
 
 
 def _is_vocabulary(info: Tensor, vocab_size: int | None) -> bool:
     """Whether its rows are the tokens': by its name, or by their number."""
     if len(info.shape) != 2 or layer_of(info.name):
         return False
-    return _last(info.name) in (*TOKEN_EMBEDDINGS, *HEADS) or info.shape[0] == vocab_size
+    return _last(info.name) in TOKEN_EMBEDDINGS or is_head(info.name) or info.shape[0] == vocab_size
 
 
 def _tokenizer(directory: Path, notes: list[str]) -> Tokenizer | None:
@@ -306,17 +306,6 @@ def _tokens(found: TokenizerFiles) -> tuple[str | None, int]:
     names |= found.extras.keys() | {token for _, token, _ in added_entries(file, raw.get("added_tokens"))}
     kind = model.get("type")
     return kind if isinstance(kind, str) else None, len(names)
-
-
-def _oddities(tensors: Mapping[str, Tensor], quantization: str | None, redundant: tuple[str, ...]) -> Iterator[str]:
-    """What stands in the way of a merge."""
-    for dtype in REFUSED_BYTES:
-        if count := sum(info.dtype == dtype for info in tensors.values()):
-            yield f"{count:,} {'tensor is' if count == 1 else 'tensors are'} {dtype}, which plan refuses"
-    if quantization:
-        yield f"the config says that the model is quantised ({quantization}): a merge needs one that is not"
-    for name in redundant:
-        yield f"the config ties the output head to the embeddings, but {name} is stored too"
 
 
 def _vocabulary_oddities(rows: Mapping[str, int], said: int | None, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -234,6 +234,7 @@ def _findings(found: Comparison) -> Iterator[str]:
     yield from _listed("only in the other", found.only_other, printable)
     yield from _listed("another shape or dtype", found.unlike, _unlike)
     yield from _listed("not finite, and left out", found.faults, _fault)
+    yield from (f"note: {printable(note)}" for note in found.notes)
     if any(other in HALF_PRECISION for _, other in total.dtypes):
         yield "note: stored in 16 bits, an update below ½ ulp is lost: part of what is unchanged is rounding"
 

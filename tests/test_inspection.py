@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import save, write_json
 from files import write_raw
+from safetensors.torch import save_file
 
 import cpimerge
 from cpimerge.errors import CheckpointError
@@ -148,11 +149,24 @@ def test_quantised_and_other_dtypes_that_cannot_be_merged(tmp_path: Path) -> Non
     write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "fp8"}})
     found = cpimerge.inspect(tmp_path)
     assert found.quantization == "fp8"
-    assert found.notes == (
-        "1 tensor is F64, which plan refuses",
-        "1 tensor is F8_E4M3, which plan refuses",
-        "the config says that the model is quantised (fp8): a merge needs one that is not",
-    )
+    (note,) = found.notes
+    assert note.startswith(f"{tmp_path}: is quantised: FP8")
+
+
+def test_dtypes_that_cannot_be_merged_are_noted(tmp_path: Path) -> None:
+    save(tmp_path, {"a": torch.ones(2, dtype=torch.float64), "b": torch.ones(1, dtype=torch.float64)})
+    found = cpimerge.inspect(tmp_path)
+    assert found.dtypes == {"F64": Total(2, 3, 24)}
+    (note,) = found.notes
+    assert note.startswith(f"{tmp_path}: tensor 'a' and 1 more: F64 cannot be merged")
+
+
+def test_a_config_that_wrongly_speaks_of_quantisation_is_noted(tmp_path: Path) -> None:
+    save(tmp_path, LLAMA, config={"quantization_config": {"quant_method": "gptq"}})
+    found = cpimerge.inspect(tmp_path)
+    assert found.quantization is None
+    (note,) = found.notes
+    assert "speaks of a quantisation (gptq)" in note
 
 
 # --- tokenizers -------------------------------------------------------------------------------------
@@ -222,6 +236,65 @@ def test_more_tokens_than_rows_are_noted(tmp_path: Path) -> None:
     save(tmp_path, LLAMA, config=CONFIG)
     (tmp_path / "vocab.txt").write_text("".join(f"{i}\n" for i in range(21)))
     assert cpimerge.inspect(tmp_path).notes == ("the tokenizer has 21 tokens, more than the 20 rows of the vocabulary",)
+
+
+# --- other forms of checkpoints ---------------------------------------------------------------------
+
+
+def test_weights_that_torch_saved(tmp_path: Path) -> None:
+    torch.save(LLAMA, tmp_path / "pytorch_model.bin")
+    write_json(tmp_path / "config.json", CONFIG)
+    found = cpimerge.inspect(tmp_path)
+    assert (found.format, found.files[0].name) == ("pytorch", "pytorch_model.bin")
+    assert found.total == Total(25, 80 + 11 * 36 + 4 + 7, 2 * (80 + 11 * 36) + 16 + 56)
+
+
+def test_an_adapter_on_its_model(tmp_path: Path) -> None:
+    save(tmp_path / "base", LLAMA, config=CONFIG)
+    write_adapter(tmp_path / "lora")
+    found = cpimerge.inspect(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+    assert (found.path, found.adapter) == (str(tmp_path / "base"), str(tmp_path / "lora"))
+    assert found.total.tensors == 25
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        cpimerge.inspect(tmp_path / "lora")
+
+
+def write_adapter(directory: Path) -> None:
+    """Adds 0.5 · 3 to every element of an up_proj, which is 0 in the base."""
+    name = "base_model.model.model.layers.3.mlp.up_proj"
+    directory.mkdir()
+    factors = {f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.full((8, 1), 0.5)}
+    save_file(factors, directory / "adapter_model.safetensors")
+    write_json(directory / "adapter_config.json", {"peft_type": "LORA", "r": 1, "lora_alpha": 3, "target_modules": []})
+
+
+@pytest.mark.parametrize("prefix", ["", "base+"])
+def test_how_an_adapter_changes_its_model(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "base", LLAMA, config=CONFIG)
+    write_adapter(tmp_path / "lora")
+    found = cpimerge.inspect("base", f"{prefix}lora", threads=2)
+    assert (found.total.changed, found.total.tensors, found.total.identical) == (32, 24, 23)
+    change = found.by(str)["model.layers.3.mlp.up_proj.weight"].as_dict()
+    assert (change["largest"]["value"], change["change_norm"]) == (1.5, pytest.approx(1.5 * 32**0.5))
+    assert (found.other.adapter, found.unlike, found.only_base) == (str(tmp_path / "lora"), (), ())
+
+
+def test_a_head_that_only_one_has_is_said_to_be_so(tmp_path: Path) -> None:
+    save(tmp_path / "base", LLAMA, config=CONFIG | {"tie_word_embeddings": True})
+    save(tmp_path / "other", LLAMA | {"lm_head.weight": torch.zeros(20, 4).bfloat16()}, config=CONFIG)
+    assert cpimerge.inspect(tmp_path / "base", tmp_path / "other").only_other == ("lm_head.weight",)
+    assert cpimerge.inspect(tmp_path / "other", tmp_path / "base").only_base == ("lm_head.weight",)
+
+
+def test_the_same_model_in_another_layout_is_noted(tmp_path: Path) -> None:
+    save(tmp_path / "base", LLAMA)
+    save(tmp_path / "other", {f"backbone.{name}": tensor for name, tensor in LLAMA.items()})
+    found = cpimerge.inspect(tmp_path / "base", tmp_path / "other")
+    assert (len(found.only_base), len(found.only_other), found.tensors) == (25, 25, ())
+    (note,) = found.notes
+    assert "25 tensors" in note
+    assert "backbone." in note
 
 
 # --- what cannot be inspected -----------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_errors_of_both_checkpoints(models: Path) -> None:
 def test_headers_need_no_numeric_libraries(models: Path) -> None:
     code = """
 import sys
-from cpimerge import cli, tinylm
+from cpimerge import cli
 try:
     cli.main(["inspect", "base"])
 finally:
@@ -289,7 +289,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tinylm.save(model, tmp_path / "demo" / "base", torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) / 50
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 50)
     tinylm.save(model, tmp_path / "demo" / "python", torch.bfloat16)
     return tmp_path
 
