@@ -89,10 +89,10 @@ def slice_problems(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
         stacks = ", ".join(repr(stack) for stack in last) or "none"
         yield f"{where}: one stack of layers is needed, and the base has {stacks}. List the checkpoints under models"
     elif (layers := next(iter(last.values())) + 1) != end.stop:
-        fault = f"leave out layers {end.stop} to {layers - 1}" if end.stop < layers else f"go on to layer {end.stop - 1}"
+        fault = "leave out layers" if end.stop < layers else "have layers too many"
         yield (
-            f"{where}: {fault}, and the base has layers 0 to {layers - 1}. Slices must cover them all; "
-            "use mergekit for a merge of parts"
+            f"{where}: {fault}: they stop before layer {end.stop}, and the base has {layers}. Give them "
+            f"[0, {layers}] together, or use mergekit for a merge of parts"
         )
 
 

@@ -65,9 +65,13 @@ def test_depths_in_slices() -> None:
         (
             [(0, 3), (3, 4)],
             NAMES,
-            "leave out layers 4 to 4, and the base has layers 0 to 4. Slices must cover them all",
+            "leave out layers: they stop before layer 4, and the base has 5. Give them [0, 5] together",
         ),
-        ([(0, 3), (3, 8)], NAMES, "go on to layer 7, and the base has layers 0 to 4. Slices must cover them all"),
+        (
+            [(0, 3), (3, 8)],
+            NAMES,
+            "have layers too many: they stop before layer 8, and the base has 5. Give them [0, 5] together",
+        ),
         (
             [(0, 1)],
             ["a.0.w", "b.0.w"],

@@ -355,6 +355,73 @@ def test_slices_with_gradients_and_filters_are_mergekits_slerp(llamas: Path, tmp
     assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"])
 
 
+ONE_SLICE = """\
+merge_method: cpi
+base_model: {base}
+slices:
+  - sources:
+      - {{model: {base}, layer_range: [0, 5]}}
+      - model: {one}
+        layer_range: [0, 5]
+        parameters: {{density: {{filter: mlp, value: [0.5, 0.1]}}}}
+      - {{model: {two}, layer_range: [0, 5]}}
+    parameters: {{weight: [1, 3], density: 0.2}}
+"""
+AS_MODELS = """\
+merge_method: cpi
+base_model: {base}
+models:
+  - model: {one}
+    parameters: {{density: [{{filter: mlp, value: [0.5, 0.1]}}, {{value: 0.2}}]}}
+  - {{model: {two}}}
+parameters: {{weight: [1, 3], density: 0.2}}
+"""
+
+
+def planned(llamas: Path, tmp_path: Path, name: str, text: str) -> cpimerge.Plan:
+    recipe = tmp_path / f"{name}.yml"
+    recipe.write_text(text.format(**{model: llamas / "5" / model for model in MODELS}), encoding="utf-8")
+    return cpimerge.plan(recipe, tmp_path / f"{name}-plan")
+
+
+def test_a_slice_of_all_layers_is_the_model(llamas: Path, tmp_path: Path) -> None:
+    sliced, whole = (planned(llamas, tmp_path, *pair) for pair in (("sliced", ONE_SLICE), ("whole", AS_MODELS)))
+    assert sliced.tensors == whole.tensors
+    assert [task.core_xxh3 for task in sliced.tasks] == [task.core_xxh3 for task in whole.tasks]
+    file = tmp_path / "sliced.yml"
+    assert sliced.notes == [
+        f"{file}:5: slices[0].sources[0]: is the base, which is read anyway; it is no task",
+        *whole.notes,
+    ]
+
+
+def test_slices_that_are_not_the_whole_model(llamas: Path, tmp_path: Path) -> None:
+    """Only the checkpoint tells."""
+    with pytest.raises(RecipeError) as caught:
+        planned(llamas, tmp_path, "parts", ONE_SLICE.replace("[0, 5]", "[0, 4]"))
+    file = tmp_path / "parts.yml"
+    assert caught.value.problems == (
+        f"{file}:5: slices: leave out layers: they stop before layer 4, and the base has 5. Give them [0, 5] "
+        "together, or use mergekit for a merge of parts",
+    )
+    assert not (tmp_path / "parts-plan").exists()
+
+
+def test_filters_and_densities_in_slices_have_their_keys(llamas: Path, tmp_path: Path) -> None:
+    text = ONE_SLICE.replace("filter: mlp", "filter: mpl")
+    with pytest.raises(RecipeError) as caught:
+        planned(llamas, tmp_path, "typo", text)
+    file = tmp_path / "typo.yml"
+    assert caught.value.problems == (
+        f"{file}:8: slices[0].sources[1].parameters.density: filter 'mpl' matches no tensor of the base; "
+        "did you mean 'mlp'?",
+    )
+    with pytest.raises(RecipeError) as caught:
+        planned(llamas, tmp_path, "scope", ONE_SLICE + "parameters: {{scope: layer}}")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{tmp_path / 'scope.yml'}:8: slices[0].sources[1].parameters.density: differs within")
+
+
 TWO = """\
 base_model: {base}
 models:

@@ -1295,6 +1295,36 @@ def test_any_structure(items: dict[str, str], model: str | None) -> None:
     parse_or_explain(text + "parameters:\n" + "".join(f"  {key}: {value}\n" for key, value in items.items()))
 
 
+top_keys = ["slices", "tokenizer", "tokenizer_source", "chat_template", "out_dtype", "vocabulary", "models"]
+slice_values = st.recursive(
+    scalars | st.sampled_from(["[0, 2]", "[2, 4]", "[2, 1]", "[x, 4]", "base"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda entries: f"[{', '.join(entries)}]")
+        | st.lists(
+            st.tuples(
+                st.sampled_from(["sources", "layer_range", "model", "name", "parameters", "base_model"]), inner
+            ).map(": ".join),
+            max_size=3,
+        ).map(lambda entries: f"{{{', '.join(entries)}}}")
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(top_keys), values | slice_values, max_size=3),
+    st.lists(st.lists(st.none() | slice_values, max_size=2), max_size=3),
+)
+def test_any_slices(items: dict[str, str], sources: list[list[str | None]]) -> None:
+    """Sources as they should be (None) among others that are anything."""
+    text = "merge_method: cpi\nbase_model: ./base\n" + "".join(f"{key}: {value}\n" for key, value in items.items())
+    if sources:
+        right = "{model: ./math, layer_range: [0, 2]}"
+        lists = (", ".join(right if source is None else source for source in group) for group in sources)
+        text += "slices: [" + ", ".join(f"{{sources: [{group}]}}" for group in lists) + "]\n"
+    parse_or_explain(text)
+
+
 def test_importing_recipes_is_light() -> None:
     heavy = "torch", "numpy", "numba", "transformers", "click", "rich"
     code = f"import sys, cpimerge.recipe; print([name for name in {heavy} if name in sys.modules])"
