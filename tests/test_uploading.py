@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -147,13 +148,34 @@ def test_links_to_the_very_files_are_followed(out: Path, hub: UploadHub, tmp_pat
     assert hub.repositories[NAME].branches["main"][SHARDS[0]] == (tmp_path / "shard").read_bytes()
 
 
-def test_through_xet_files_are_the_same(out: Path, hub: UploadHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As installed, huggingface_hub uploads by another way; small files take it without the storage that it needs."""
+FROM_XET = """
+import sys, time, hf_xet
+original, cas, target = sys.argv[1:]
+(known,) = hf_xet.hash_files([original])
+wanted = hf_xet.PyXetDownloadInfo(target, known.hash, known.file_size)
+hf_xet.download_files([wanted], f"local://{cas}", ("any", int(time.time()) + 3600), None, None)
+"""
+
+
+def test_through_xet_the_hub_has_every_byte(out: Path, hub: UploadHub, tmp_path: Path) -> None:
+    """What huggingface_hub does as it is installed: large files go to another storage, in pieces."""
     pytest.importorskip("hf_xet")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    monkeypatch.setattr("hub_upload_server.LARGE", 1 << 40)
-    cpimerge.push(out, NAME)
-    assert hub.repositories[NAME].branches["main"] == contents(out) | {".gitattributes": b"*\n"}
+    hub.xet = tmp_path / "cas"
+    hub.xet.mkdir()
+    home = {"HF_HOME": str(tmp_path / "home")}
+
+    by_sha256 = {hashlib.sha256(content).hexdigest(): content for content in contents(out).values()}
+    hub.recover = by_sha256.__getitem__  # the storage can be read when the upload is over
+    result = command(out, hub, NAME, "-q", HF_HUB_DISABLE_XET="0", **home)
+    assert (result.returncode, result.stderr) == (0, "")
+    repository = hub.repositories[NAME]
+    assert repository.branches["main"] == contents(out) | {".gitattributes": b"*\n"}
+    assert repository.large > set(SHARDS[:2])
+    assert not [request for request in hub.requests if "lfs" in request]
+    for name in repository.large:
+        line = [sys.executable, "-c", FROM_XET, str(out / name), str(hub.xet), str(tmp_path / "back")]
+        subprocess.run(line, env=os.environ | home, check=True)
+        assert (tmp_path / "back").read_bytes() == (out / name).read_bytes()
 
 
 # --- what is refused before -------------------------------------------------------------------------
@@ -369,10 +391,10 @@ def test_a_file_that_changes_meanwhile(out: Path, hub: UploadHub) -> None:
 # --- the command ------------------------------------------------------------------------------------
 
 
-def command(out: Path, hub: UploadHub, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(out: Path, hub: UploadHub, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """A real run with nothing but the variables that huggingface_hub reads."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment = os.environ | settings | {"PYTHONPATH": str(Path(cpimerge.__file__).parents[1])}
+    usual = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | usual | settings | {"PYTHONPATH": str(Path(cpimerge.__file__).parents[1])}
     line = [sys.executable, "-m", "cpimerge", "push", str(out), *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
