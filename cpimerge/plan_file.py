@@ -215,6 +215,7 @@ class Plan(_Model):
     stages: list[list[str]]
     backbone: str
     fold: list[str]
+    layers: dict[str, int] = Field(default_factory=dict)  # how many are called alike: {"model.layers.*": 32}
     notes: list[str]
     vocabulary: Vocabulary | None = None  # None: that of every input
     chat_template: str | None = None  # of the output; None: the base's

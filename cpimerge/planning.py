@@ -104,12 +104,18 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
         stages=order,
         backbone=backbone,
         fold=members,
+        layers=_layers(spec.layer for spec in inputs.tensors),
         notes=list(inputs.notes),
         vocabulary=inputs.vocabulary,
         chat_template=inputs.chat_template,
         coefficients_xxh3=coefficients_xxh3,
         tensors=[_tensor(inputs, spec, findings[spec.name], files, blends.get(spec.name)) for spec in inputs.tensors],
     )
+
+
+def _layers(layers: Iterable[str]) -> dict[str, int]:
+    """How many layers differ only in their number; the pattern of their names has a star for it."""
+    return dict(Counter(".".join((*layer.split(".")[:-2], "*")) for layer in dict.fromkeys(layers) if layer))
 
 
 def _settings(inputs: Inputs) -> Settings:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .budget import format_size
+from .checkpoint import layer_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +101,16 @@ def plan_report(plan: Plan) -> Iterator[RenderableType]:
     for section in (*sections, _stage_lines(plan), _blend_table(plan)):
         yield from section
         yield ""
+    yield _layers_line(plan)
     yield from (f"note: {line}" for line in (*_remarks(plan), *map(printable, plan.notes)))
+
+
+def _layers_line(plan: Plan) -> str:
+    """How layers were found: what a gradient runs over, and what has one budget with scope: layer."""
+    outside = sum(not layer_of(tensor.name) for tensor in plan.tensors)
+    stacks = ", ".join(f"{printable(pattern)} ({count})" for pattern, count in plan.layers.items())
+    tensors = "1 tensor" if outside == 1 else f"{outside} tensors"
+    return f"Layers, by their names: {stacks or 'none'}; {tensors} outside"
 
 
 def titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Titled:

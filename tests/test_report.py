@@ -21,6 +21,7 @@ NEEDS = Needs(
     plan_bytes=72_000,
     scratch_bytes=0,
     output_bytes=1_600_000,
+    companion_bytes=0,
 )
 
 
@@ -135,9 +136,16 @@ def test_a_whole_report() -> None:
         "      1  identical, copied",
         "      1  not floats, copied",
         "",
+        "Layers, by their names: none; 4 tensors outside",
         "note: stored in 16 bits, an update below ½ ulp is lost: part of |Δ| = 0 is rounding, not sparsity",
         "note: configs\\ndiffer",
     ]
+
+
+def test_layers() -> None:
+    tensors = [tensor(name, None, ["a"]) for name in ("h.0.w", "h.1.w", "v.0.w", "norm")]
+    found = text(plan([task("a")], tensors=tensors, layers={"h.*": 2, "v.\n*": 1}))
+    assert "Layers, by their names: h.* (2), v.\\n* (1); 1 tensor outside" in found
 
 
 @pytest.mark.parametrize("count", [2, 4, 10])
