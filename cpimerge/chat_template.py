@@ -16,7 +16,7 @@ from typing import Any
 from .checkpoint import Checkpoint, collect, read_json_object
 from .errors import CheckpointError
 
-__all__ = ["read_template", "settle_template", "write_template"]
+__all__ = ["check_replaceable", "read_template", "settle_template", "write_template"]
 
 TEMPLATE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
@@ -40,10 +40,13 @@ def settle_template(
     for name, checkpoint in checkpoints.items():
         names.setdefault((checkpoint.path, checkpoint.adapter), name)
     found: dict[str, str] = {}
-    for name in names.values() if wanted == "auto" else ("base",):  # what is replaced must be readable
-        with collect(checkpoints[name].where, problems):
+    unreadable: list[str] = []
+    for name in names.values() if wanted == "auto" else ():
+        with collect(checkpoints[name].where, unreadable):
             if text := _template_of(checkpoints[name]):
                 found[name] = text.strip()
+    check_replaceable(checkpoints["base"].path, unreadable)
+    problems.extend(dict.fromkeys(unreadable))
     return _commonest(found, notes) if wanted == "auto" else wanted
 
 
@@ -86,6 +89,14 @@ def _bounded(file: Path) -> Path:
     if file.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{file}: is larger than {MAX_BYTES // 1_000_000} MB. Download it again")
     return file
+
+
+def check_replaceable(base: Path, problems: list[str]) -> None:
+    """Add a problem for each file of the base in which `write_template` could not replace the template."""
+    for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
+        with collect(base / name, problems):
+            if (base / name).is_file():
+                read_json_object(_bounded(base / name))
 
 
 def write_template(out: Path, template: str) -> None:

@@ -16,6 +16,7 @@ import xxhash
 from .adapter import ADAPTER_FILES
 from .analysis import content_hash
 from .budget import Budget
+from .chat_template import check_replaceable
 from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
 from .companions import companion_bytes, unreadable, write_companions
 from .cores import CoreReader
@@ -76,6 +77,8 @@ def _check_companions(plan: Plan, base: Path, target: Target) -> None:
     with collect(base, problems):
         problems.extend(unreadable(base))
         needed += companion_bytes(base, len(plan.tensors), len(plan.fold))
+    if plan.chat_template is not None:
+        check_replaceable(base, problems)
     if problems:
         raise CheckpointError(problems)
     check_disk(needed, target.directory)

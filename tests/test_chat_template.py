@@ -138,13 +138,13 @@ def test_a_model_under_two_names_counts_once(tmp_path: Path) -> None:
     assert settle(twice | {"b": directories["b"], "c": directories["c"]})[0] == B
 
 
-@pytest.mark.parametrize("wanted", ["auto", C])
 @pytest.mark.parametrize(
-    ("file", "content", "fault"),
+    ("wanted", "file", "content", "fault"),
     [
-        ("tokenizer_config.json", b"{", "tokenizer_config.json: not valid JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json: "),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja: is not UTF-8 text"),
+        (C, "tokenizer_config.json", b"{", "not valid JSON"),
+        ("auto", "tokenizer_config.json", b"[]", "expected a JSON object"),
+        (C, "chat_template.json", b"7", "expected a JSON object"),
+        ("auto", "chat_template.jinja", b"\xff", "is not UTF-8 text"),
     ],
 )
 def test_a_base_whose_template_cannot_be_read(
@@ -155,8 +155,23 @@ def test_a_base_whose_template_cannot_be_read(
     (tmp_path / "base" / file).write_bytes(content)
     with pytest.raises(CheckpointError) as error:
         merge(tmp_path, wanted)
-    assert fault in str(error.value)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"{tmp_path / 'base' / file}: {fault}")
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_base_whose_files_broke_since_the_plan(tmp_path: Path) -> None:
+    """Found before the tensors are written."""
+    home(tmp_path, {"base": None, "a": A, "b": A})
+    merge(tmp_path, C)
+    (tmp_path / "base" / "tokenizer_config.json").write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: not valid JSON"):
+        cpimerge.fuse(tmp_path / "plan", tmp_path / "again", progress=refuse)
+    assert not (tmp_path / "again").exists()
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("tensors are read")
 
 
 def test_odd_templates_are_none(tmp_path: Path) -> None:
