@@ -46,33 +46,36 @@ def settle(checkpoints: Mapping[str, Checkpoint], mode: Mode | None) -> Settled:
     settled = Settled(dict(checkpoints))
     others = {name: other for name, other in checkpoints.items() if name != "base"}
     base = Base(checkpoints["base"], tuple(others.values()))
-    relations = dict(_relations(base, others, settled))
+    related = ((name, _relation(base, name, mode, settled)) for name in others)
+    relations = {name: relation for name, relation in related if relation is not None}
     if mode is None:
         for relation in relations.values():
             settled.problems.extend(relation.difference.problem())
             settled.notes.extend(relation.difference.note())
     elif relations and not settled.problems and not settled.damaged:
         _align(base, relations, mode, settled)
-    settled.problems = [*dict.fromkeys(settled.problems)]  # two tasks may be one model
-    settled.notes = [*dict.fromkeys(settled.notes)]
+    for lines in (settled.damaged, settled.problems, settled.notes):
+        lines[:] = dict.fromkeys(lines)  # two tasks may be one model, and all have one base
     return settled
 
 
-def _relations(base: Base, others: Mapping[str, Checkpoint], settled: Settled) -> Iterator[tuple[str, Relation]]:
-    """By name, those that differ from the base; what stands in the way goes into `settled`."""
-    for name, other in others.items():
-        relation = None
-        with collect(other.where, settled.damaged):
-            try:
-                relation = relate(base, other)
-            except IncompatibleError as error:
-                settled.problems.extend(error.problems)
-            else:
-                if relation is None:
-                    continue
-                yield name, relation
-            resized = (tensor for tensor in base.tensors if is_resized(base.checkpoint, other, tensor))
-            settled.explained[name] = frozenset(resized)
+def _relation(base: Base, name: str, mode: Mode | None, settled: Settled) -> Relation | None:
+    """How a checkpoint relates to the base, None where it does not differ; what stands in the way is in `settled`."""
+    other, relation = settled.checkpoints[name], None
+    unreadable: list[str] = []
+    with collect(other.where, unreadable):
+        try:
+            relation = relate(base, other)
+        except IncompatibleError as error:
+            settled.problems.extend(error.problems)
+    resized = frozenset(tensor for tensor in base.checkpoint.tensors if is_resized(base.checkpoint, other, tensor))
+    if unreadable and mode is None and not resized:  # a merge row by row does not need them
+        settled.notes.extend(f"tokens are not compared: {problem}" for problem in unreadable)
+    elif unreadable:
+        settled.damaged.extend(unreadable)
+    elif resized:
+        settled.explained[name] = resized & {*base.tensors}
+    return relation
 
 
 def _align(base: Base, relations: Mapping[str, Relation], mode: Mode, settled: Settled) -> None:

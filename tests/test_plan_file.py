@@ -20,6 +20,7 @@ from cpimerge.plan_file import (
     PLAN_FILE,
     Blend,
     Input,
+    JoinedToken,
     Pair,
     Plan,
     Settings,
@@ -27,6 +28,7 @@ from cpimerge.plan_file import (
     Task,
     TaskTensor,
     TensorPlan,
+    Vocabulary,
 )
 
 DOCS = Path(__file__).parent.parent / "docs" / "plan.md"
@@ -109,7 +111,9 @@ def test_a_plan_of_other_tensors_is_refused(planned: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Plan, TensorPlan, Blend, Pair, Task, TaskTensor, Settings, Input, ShardIdentity], ids=lambda m: m.__name__
+    "model",
+    [Plan, TensorPlan, Blend, Pair, Task, TaskTensor, Settings, Input, ShardIdentity, Vocabulary, JoinedToken],
+    ids=lambda m: m.__name__,
 )
 def test_every_field_is_documented(model: Any) -> None:
     assert set(model.model_fields) <= set(re.findall(r"\w+", DOCS.read_text(encoding="utf-8")))

@@ -430,6 +430,23 @@ def test_tensors_of_one_model_in_different_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
+    """A merge row by row does not need them, any other does."""
+    models = {"base": model(added(), 6, 0), "one": model(added(), 6, 1), "two": model(added(), 6, 2)}
+    checkpoints = opened(tmp_path, models)
+    (tmp_path / "one" / "tokenizer.json").write_text("[]", encoding="utf-8")
+    damaged = (
+        f"{tmp_path}/one/tokenizer.json: expected a JSON object, got list. Save the tokenizer again with transformers"
+    )
+    found = settle(checkpoints, None)
+    assert (found.damaged, found.problems, found.notes) == ([], [], [f"tokens are not compared: {damaged}"])
+    for mode in ("base", "union"):
+        assert settle(checkpoints, mode).damaged == [damaged]
+    larger = opened(tmp_path / "larger", {**models, "one": model(added(), 7, 1)})
+    (tmp_path / "larger" / "one" / "tokenizer.json").write_text("[]", encoding="utf-8")
+    assert settle(larger, None).damaged == [damaged.replace(f"{tmp_path}/", f"{tmp_path}/larger/")]
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     one = model(added("<x>"), 6, 1)
     one = Model(one.names, {**one.tensors, BLOCK: torch.zeros(3, 4)})
