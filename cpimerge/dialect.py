@@ -48,7 +48,7 @@ _OF_ANOTHER_PROGRAM = "it belongs to another of mergekit's programs; use mergeki
 NOT_SUPPORTED = {
     "modules": "list whole checkpoints under models; all their modules are merged",
     "residual_weight": "remove it; mergekit does not use it either",
-    "tokens": "remove it; rows of tokens that not all models have are those of the models that do",
+    "tokens": "remove it; a row that a model lacks is the base's, and one that the base lacks the others' mean",
     "pad_to_multiple_of": "remove it; the vocabulary is not padded",
     "lambda": "cores are taken whole, as at 1; rest is the factor on the non-core with space: delta",
     "rescale": "remove it; what is kept is not scaled",

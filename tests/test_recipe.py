@@ -607,8 +607,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "non-core with space: delta",
             "7: parameters.rescale: is not supported; remove it; what is kept is not scaled",
             "7: parameters.gamma: is not supported; it belongs to another merge method; remove it",
-            "8: tokenizer.tokens: is not supported; remove it; rows of tokens that not all models have are those of "
-            "the models that do",
+            "8: tokenizer.tokens: is not supported; remove it; a row that a model lacks is the base's, and one that "
+            "the base lacks the others' mean",
         ],
     ),
     "weights that are not made into shares": (
