@@ -78,15 +78,17 @@ class _Work:
     def blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Elements [first, last) in blocks for `updated`: whole rows, or a piece of one."""
         rows = max(1, LEFT // self.rank)
-        step = BLOCK // self.columns * self.columns or BLOCK
+        whole = BLOCK // self.columns * self.columns
         for row in range(first // self.columns, -(-last // self.columns), rows):
             begin, end = max(first, row * self.columns), min(last, (row + rows) * self.columns)
+            self.left = np.empty((0, self.rank), np.float32)  # what it held is free before the next comes
             self.left, self.left_begins = self._left(row, -(-end // self.columns)), row
             place = begin
             while place < end:
-                stop = min(place + step - place % self.columns, end)
-                yield place, stop
-                place = stop
+                offset = place % self.columns
+                count = whole - offset if whole else min(BLOCK - offset % BLOCK, self.columns - offset)
+                yield place, min(place + count, end)
+                place += count
 
     def updated(self, raw: Bytes, begin: int) -> Floats:
         """Elements from `begin` on, whose stored bytes are `raw`, with the update."""
@@ -101,21 +103,18 @@ class _Work:
         row, place = divmod(begin, self.columns)
         if self.update.transposed:
             lowrank.multiply_columns(self._column_factors(), place, values)
-        else:
-            rows = -(-(place + values.size) // self.columns)
-            lowrank.multiply_rows(self._row_factors(row, rows), self.columns, place, values)
-
-    def _row_factors(self, first: int, count: int) -> Floats:
-        """Magnitude over length of rows [first, first + count), whose lengths are taken over all of their columns."""
+            return
+        count = -(-(place + values.size) // self.columns)
         lanes = np.zeros((count, lowrank.LANES))
-        work = _Work(self.tensor, self.handles)
-        for begin, values in work.everything(first, first + count):
-            row = begin // self.columns - first
-            rows = -(-values.size // self.columns)
-            lowrank.add_row_squares(values, lanes[row : row + rows])
+        if values.size == count * self.columns:
+            lowrank.add_row_squares(values, lanes)
+        else:  # the lengths are of whole rows
+            for first, part in _Work(self.tensor, self.handles).everything(row, row + count):
+                above = first // self.columns - row
+                lowrank.add_row_squares(part, lanes[above : above - (-part.size // self.columns)])
         norms = np.empty(count, np.float32)
         lowrank.norms(lanes, norms)
-        return self._over_magnitude(norms, first)
+        lowrank.multiply_rows(self._over_magnitude(norms, row), self.columns, place, values)
 
     def _column_factors(self) -> Floats:
         """Magnitude over length of the columns, which takes a pass over the whole tensor, once."""

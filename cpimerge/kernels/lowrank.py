@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from .arrays import Bits, Doubles, Floats, compiled
+from .vectors import intrinsic
 
 UNROLL = 4  # ranks that are added at a time; factors are padded with zeros to a multiple
 WIDTH = 1024  # columns that are worked on together, so that their part of the right factor stays in the cache
 LANES = 64  # partial sums of a row's squares
+
+
+@intrinsic
+def fused(typing, factor, value, total):  # type: ignore[no-untyped-def]
+    """factor · value + total of float32, rounded once: on every processor, those without such an instruction too."""
+    signature = numba.types.float32(factor, value, total)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fma(*args)
+
+    return signature, generate
 
 
 @compiled
@@ -16,7 +29,8 @@ def add_low_rank(left: Floats, right: Floats, scale: np.float32, place: int, val
     """values += scale · (left · right), where `values` float32 [n] are elements [place, place + n) of [R, C].
 
     `left` float32 [R, K], `right` float32 [K, C], UNROLL | K; `room` float32 [WIDTH]. Each element is a sum over k in
-    order, in float32, then scaled, then added: what it is does not depend on the division into calls.
+    order, in float32, product and addition rounded once, as PyTorch's matrix products are; then it is scaled, then
+    added. So it does not depend on the division into calls, and is what PEFT computes.
     """
     columns = right.shape[1]
     first, last = place // columns, (place + values.size - 1) // columns
@@ -41,7 +55,7 @@ def _add_four(factors: Floats, r0: Floats, r1: Floats, r2: Floats, r3: Floats, t
     """Adds four rows, one after the other."""
     f0, f1, f2, f3 = factors[0], factors[1], factors[2], factors[3]
     for i in range(total.size):
-        total[i] = total[i] + f0 * r0[i] + f1 * r1[i] + f2 * r2[i] + f3 * r3[i]
+        total[i] = fused(f3, r3[i], fused(f2, r2[i], fused(f1, r1[i], fused(f0, r0[i], total[i]))))
 
 
 @compiled
