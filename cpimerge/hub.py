@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import posixpath
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,9 +30,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # exported when asked for
 
-from .companions import MODULES
+from .companions import MODULES, is_weights
 from .errors import CheckpointError
-from .hub_files import INDEXES, adapter_files, are_weights, companions, is_small, weights
+from .hub_files import INDEXES, adapter_files, companions, is_small, weights
 from .references import HubModel, Place
 
 __all__ = [
@@ -121,7 +122,7 @@ def _missing_weights(snapshot: Path) -> list[str]:
         return []
     found = weights(names)
     if not found:  # of others, whoever reads them says what they are
-        return [] if any(map(are_weights, names)) else ["its weights"]
+        return [] if any(map(is_weights, names)) else ["its weights"]
     if found[0] in INDEXES:
         return sorted(set(_shards(snapshot / found[0])) - set(names))
     return []
@@ -230,7 +231,7 @@ def _folders(modules: Path) -> list[str]:
     except (ValueError, RecursionError):
         return []
     found = [entry.get("path") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return [path.strip("/") for path in found if isinstance(path, str) and path]
+    return [posixpath.normpath(path) for path in found if isinstance(path, str) and posixpath.normpath(path) != "."]
 
 
 def fetch(
@@ -262,7 +263,7 @@ def fetch(
 def fetch_part(listing: Listing, name: str, part: range, out: IO[bytes]) -> None:
     """Write the bytes `part` of a file of a model to `out`, empty as yet. Raises CheckpointError.
 
-    What breaks off is resumed by huggingface_hub; a Hub that is busy is asked again.
+    What breaks off is resumed by huggingface_hub; beyond that, a Hub that fails is asked again a few times.
     """
     url = huggingface_hub.hf_hub_url(listing.model.name, name, revision=listing.commit)
     headers = build_hf_headers() | {"Range": f"bytes={part.start}-{part.stop - 1}", "Accept-Encoding": "identity"}
@@ -278,12 +279,18 @@ def fetch_part(listing: Listing, name: str, part: range, out: IO[bytes]) -> None
             )
             return
         except HUB_ERRORS as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            if status < 500 or wait is None:
+            if wait is None or not _may_pass(error):
                 raise CheckpointError(explained(listing.model, error, name)) from error
             time.sleep(wait)
             out.seek(0)
             out.truncate()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether asking again may help: the Hub or the way to it fails, not this disk and not the question."""
+    if isinstance(error, HfHubHTTPError):
+        return bool(error.response.status_code >= 500)
+    return isinstance(error, HfHubHTTPError.__bases__[0])
 
 
 class _Limited:

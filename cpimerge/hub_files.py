@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from .checkpoint import CONFIG, INDEX, WEIGHTS
 from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM
 
-__all__ = ["INDEXES", "adapter_files", "are_weights", "companions", "is_small", "weights"]
+__all__ = ["INDEXES", "adapter_files", "companions", "is_small", "weights"]
 
 # Single files and the indexes of sharded ones, in the order in which they are preferred.
 FORMS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -45,11 +45,6 @@ def adapter_files(names: Collection[str]) -> list[str]:
 def is_small(name: str) -> bool:
     """Whether the file describes an expert: it is compared with the base's."""
     return "/" not in name and _matches(name, DESCRIPTIONS)
-
-
-def are_weights(name: str) -> bool:
-    """Whether the file holds weights in some form, be it one that cannot be merged."""
-    return _matches(name, WEIGHTS_IN_ANY_FORM)
 
 
 def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterator[str]:

@@ -28,6 +28,7 @@ ROOM_BYTES = 512_000_000  # for the pieces of one model, unless its largest laye
 ROOM_LAYERS = 2  # what it then holds of these
 LAYER_PIECES = 8
 MOST_PIECES = 32  # of one model, each of which is an open file
+FETCH_BYTES = 24_000_000  # of memory, while a thread fetches: huggingface_hub passes on 10 MB at a time
 
 # Writes a part of a file, found by its name, to an empty file. Raises CheckpointError where it cannot be had.
 Fetch = Callable[[str, range, IO[bytes]], None]
@@ -53,6 +54,11 @@ class StreamedTensor(Tensor):
     def pieces(self) -> list[Piece]:
         """The pieces that hold it."""
         return self.weights.pieces_of(self.stored.file, self.stored.offset, self.stored.offset + self.nbytes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What a fetch takes."""
+        return FETCH_BYTES
 
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """As for every `Tensor`; what is not on this disk is fetched."""
@@ -227,7 +233,11 @@ def _parts(tensor: Tensor) -> Iterator[StreamedTensor]:
     """The streamed tensors that a tensor is, or is computed from."""
     if isinstance(tensor, StreamedTensor):
         yield tensor
-        return
+    elif not isinstance(tensor, StoredTensor):  # of which there are many, with nothing inside
+        yield from _inside(tensor)
+
+
+def _inside(tensor: Tensor) -> Iterator[StreamedTensor]:
     for field in fields(tensor):
         value = getattr(tensor, field.name)
         for one in value if isinstance(value, tuple | list) else (value,):

@@ -14,6 +14,7 @@ import torch
 from checkpoints import save, write_json
 from hub_server import Hub, serving
 from huggingface_hub import constants, file_download
+from safetensors.torch import save_file
 from trees import files
 
 import cpimerge
@@ -82,3 +83,20 @@ def merged_locally(directory: Path, **parameters: Any) -> dict[str, bytes]:
 def contents(out: Path) -> dict[str, bytes]:
     """All files of an output but those that say where it came from."""
     return {name: data for name, data in files(out).items() if name not in ("README.md", "cpimerge_manifest.json")}
+
+
+def publish_adapter(hub: Hub, directory: Path) -> None:
+    """A LoRA adapter of the models above, as `org/lora`."""
+    place = directory / "hub" / "lora"
+    place.mkdir()
+    generator = torch.Generator().manual_seed(9)
+    module = "base_model.model.model.layers.1.mlp"
+    factors = {
+        f"{module}.lora_A.weight": torch.randn(4, 32, generator=generator),
+        f"{module}.lora_B.weight": torch.randn(64, 4, generator=generator),
+    }
+    save_file(factors, place / "adapter_model.safetensors")
+    (place / "README.md").write_text("not needed")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["mlp"]}
+    write_json(place / "adapter_config.json", settings)
+    hub.add("org/lora", place)

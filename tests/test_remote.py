@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import save, write_json
 from click.testing import CliRunner
-from hub_models import LIMITS, NAMES, contents, merged_locally, recipe, tensors
+from hub_models import LIMITS, NAMES, contents, merged_locally, publish_adapter, recipe, tensors
 from hub_server import Hub, Request
 from safetensors.torch import save_file
 
@@ -36,7 +36,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def announced(run: Callable[..., Any], *arguments: Any, **options: Any) -> Needs:
     seen: list[Needs] = []
-    run(*arguments, announce=seen.append, download="stream", **{**LIMITS, **options})
+    run(*arguments, announce=seen.append, **{"download": "stream", **LIMITS, **options})
     return seen[0]
 
 
@@ -212,6 +212,29 @@ def test_the_estimate_says_what_travels_and_fetches_no_weights(published: Path, 
     assert done.stdout.splitlines()[0].startswith("plan: reads 147.5 kB (147.5 kB travel from the Hub), writes ")
     assert done.stdout.splitlines()[1].startswith("fuse: reads 147.5 kB (147.5 kB travel from the Hub), writes 49.2 kB")
     assert weights_travelled(hub, published) == 0
+
+
+@pytest.mark.parametrize("way", ["cache", "stream"])
+def test_adapters_may_be_on_the_hub(published: Path, hub: Hub, tmp_path: Path, way: Any) -> None:
+    """Alone, and on a model that is no input itself."""
+    publish_adapter(hub, tmp_path)
+    local = tmp_path / "hub"
+    files = recipe(tmp_path / "a.yml", f"{local}/base", f"{local}/math+{local}/lora", f"{local}/lora")
+    cpimerge.merge(files, tmp_path / "expected", **LIMITS)
+    names = recipe(tmp_path / "b.yml", "org/base", "org/math+org/lora", "org/lora")
+    needed = announced(cpimerge.plan, names, tmp_path / "plan", download=way)
+    if way == "stream":
+        assert weights_travelled(hub, published) == needed.plan_travel_bytes == 2 * 6 * 8192
+    assert "adapter_model.safetensors" in hub.fetched()
+    assert "README.md" not in hub.fetched()
+    cpimerge.fuse(tmp_path / "plan", tmp_path / "out", download=way, **LIMITS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    commits = {name: hub.revisions[f"org/{name}"]["main"] for name in ("base", "math", "lora")}
+    inputs = {entry.name: entry for entry in Plan.load(tmp_path / "plan").inputs}
+    assert str(inputs["task0"].path).endswith(commits["math"])
+    assert str(inputs["task0"].adapter).endswith(commits["lora"])
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ["org/base", "org/math", "org/lora"]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------
