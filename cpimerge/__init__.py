@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import estimate, fuse, merge, plan
+from .api import estimate, fuse, inspect, merge, plan, push
 from .errors import (
     CheckpointError,
     CpimergeError,
@@ -30,9 +30,11 @@ __all__ = [
     "ResourceError",
     "estimate",
     "fuse",
+    "inspect",
     "load_recipe",
     "merge",
     "plan",
+    "push",
 ]
 
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .needs import Needs
     from .plan_file import Plan
     from .preflight import Inputs
-    from .uploading import Pushed, Upload
     from .recipe import Recipe
+    from .uploading import Pushed, Upload
     from .writer import Target
 
 __all__ = ["estimate", "fuse", "inspect", "merge", "plan", "push"]
 
-Progress = Callable[[str, int, int], None]  # phase ("download", "plan" or "fuse"), bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # phase ("download", "plan", "fuse" or "inspect"), bytes done, bytes in all
 Download = Literal["cache", "stream"] | None
 Limits = tuple[int | None, int | str | None]  # threads and memory
 
@@ -251,7 +251,15 @@ def push(  # noqa: PLR0913 - all but two are keywords with a default
 
 
 @overload
-def inspect(path: str | Path, *, threads: int | None = None, memory: int | str | None = None) -> Contents: ...
+def inspect(
+    path: str | Path,
+    other: None = None,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress = _silent,
+    download: Download = None,
+) -> Contents: ...
 
 
 @overload
@@ -262,6 +270,7 @@ def inspect(
     threads: int | None = None,
     memory: int | str | None = None,
     progress: Progress = _silent,
+    download: Download = None,
 ) -> Comparison: ...
 
 
@@ -272,26 +281,27 @@ def inspect(
     threads: int | None = None,
     memory: int | str | None = None,
     progress: Progress = _silent,
+    download: Download = None,
 ) -> Contents | Comparison:
     """What is in the checkpoint at `path`, by its headers; or how `other` differs from it, its base, in one read.
 
     Both may be whatever a recipe may call a model, relative to the working directory; `other` also an adapter alone,
-    which lies on `path` then. `threads` and `memory` as for `plan`, `progress` for the phase "inspect"; they do not
-    matter where there is no `other`. NaN, Inf and whatever cannot be compared are findings, no errors.
+    which lies on `path` then. `threads`, `memory` and `download` as for `plan`, where "stream" of one checkpoint
+    fetches little more than its headers; `progress` for the phases "download" and "inspect". NaN, Inf and whatever
+    cannot be compared are findings, no errors.
 
     Raises CheckpointError where a checkpoint cannot be read.
     """
-    from .inspection import contents, open_named
+    from .inspection import contents, opened
 
-    if other is None:
-        (model,) = open_named(str(path))
-        return contents(model)
-    base, tuned = open_named(str(path), str(other))
-    from .budget import Budget
-    from .comparing import compare_checkpoints, worker_bytes
+    with opened([str(path)] if other is None else [str(path), str(other)], download, progress) as models:
+        if len(models) == 1:
+            return contents(models[0])
+        from .budget import Budget
+        from .comparing import compare_checkpoints, worker_bytes
 
-    budget = Budget.divide(worker_bytes(base.checkpoint, tuned.checkpoint), threads, memory)
-    return compare_checkpoints(base, tuned, budget, progress)
+        budget = Budget.divide(worker_bytes(*(model.checkpoint for model in models)), threads, memory)
+        return compare_checkpoints(models[0], models[1], budget, progress)
 
 
 @contextmanager

@@ -177,16 +177,17 @@ class WorkCommand(click.Command):
 
 
 DOWNLOADS = ("cache", "stream")
+DOWNLOAD = click.option(
+    "--download",
+    type=click.Choice(DOWNLOADS),
+    help="Fetch models from the Hugging Face Hub into its cache (also without a value: --download); or stream "
+    "them: fetch pieces as they are read and delete them again. Default: touch no network.",
+)
 WORK_OPTIONS = (
     THREADS,
     MEMORY,
     click.option("--force", is_flag=True, help="Replace the output directory if it is not empty."),
-    click.option(
-        "--download",
-        type=click.Choice(DOWNLOADS),
-        help="Fetch models from the Hugging Face Hub into its cache (also without a value: --download); or stream "
-        "them: fetch pieces as they are read and delete them again. Default: touch no network.",
-    ),
+    DOWNLOAD,
 )
 SHARD_SIZE = click.option(
     "--shard-size", metavar="SIZE", callback=_size, help="Most tensor data in one file. Default: 5GB."
@@ -345,11 +346,12 @@ def push_command(screen: Screen, directory: Path, name: str, **options: Any) -> 
     screen.data({"url": pushed.url, "commit": pushed.commit, "files": list(pushed.files)})
 
 
-@main.command("inspect")
+@main.command("inspect", cls=WorkCommand)
 @click.argument("path")
 @click.argument("other", metavar="[PATH2]", required=False)
 @THREADS
 @MEMORY
+@DOWNLOAD
 @command
 def inspect_command(screen: Screen, path: str, other: str | None, **options: Any) -> None:
     """Say what is in the checkpoint PATH, or how PATH2 differs from it.
@@ -357,17 +359,12 @@ def inspect_command(screen: Screen, path: str, other: str | None, **options: Any
     One checkpoint: its files, dtypes, layers, vocabulary and every kind of tensor, by its headers. Two: how much has
     changed, by kind of tensor and by layer, in one read of both. --json says it for every tensor.
     """
-    from . import report_inspect
+    from .report_inspect import inspect_report
 
-    if other is None:
-        found = api.inspect(path, **options)
-        screen.show(*report_inspect.contents_report(found))
-        screen.data(found.as_dict())
-        return
     with screen.progress() as progress:
-        compared = api.inspect(path, other, progress=progress, **options)
-    screen.show(*report_inspect.comparison_report(compared))
-    screen.data(compared.as_dict())
+        found = api.inspect(path, other, progress=progress, **options)
+    screen.show(*inspect_report(found))
+    screen.data(found.as_dict())
 
 
 @main.command("demo")

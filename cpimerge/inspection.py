@@ -7,7 +7,10 @@ all whose names differ in their all-digit components only (`model.layers.*.mlp.u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +18,9 @@ from typing import Any, TypeVar
 from .adapter import is_adapter
 from .checkpoint import Checkpoint, Tensor, collect, layer_of
 from .errors import CheckpointError
-from .models import locate, open_model
+from .models import Located, finding, open_model
 from .quantized import quantization, refused, stale_config
-from .references import Reference, parse_reference
+from .references import parse_reference
 from .ties import is_head
 from .tokenizer_files import TokenizerFiles, added_entries, find_tokenizer, read_json, read_tokens
 
@@ -32,7 +35,7 @@ __all__ = [
     "Total",
     "contents",
     "kind_of",
-    "open_named",
+    "opened",
     "stack_of",
 ]
 
@@ -45,6 +48,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
 )
+Progress = Callable[[str, int, int], None]
 Value = TypeVar("Value")
 
 
@@ -148,24 +152,28 @@ class Model:
     checkpoint: Checkpoint
 
 
-def open_named(*names: str) -> list[Model]:
+@contextmanager
+def opened(names: Sequence[str], download: str | None, progress: Progress) -> Iterator[list[Model]]:
     """The models that a recipe in the working directory might call so; adapters alone lie on the first.
 
-    Raises CheckpointError with all that is wrong with all of them.
+    `download` as for `plan`: what is streamed can be read within the block. Raises CheckpointError with all that is
+    wrong with all of them.
     """
-    problems: list[str] = []
-    models: list[Model] = []
-    for name in names:
-        with collect(Path(name), problems):
-            models.append(Model(name, _open(parse_reference(name, Path.cwd()), models)))
-    if problems:
-        raise CheckpointError(problems)
-    return models
+    references = {name: parse_reference(name, Path.cwd()) for name in names}
+    target = Path(tempfile.gettempdir(), f"cpimerge-{os.getpid()}")
+    with finding(references.items(), target, download, progress) as find:
+        problems: list[str] = []
+        models: list[Model] = []
+        for name in names:
+            with collect(Path(name), problems):
+                models.append(Model(name, _open(find(references[name], False), models)))
+        if problems:
+            raise CheckpointError(problems)
+        yield models
 
 
-def _open(reference: Reference, models: Sequence[Model]) -> Checkpoint:
+def _open(located: Located, models: Sequence[Model]) -> Checkpoint:
     """As it is saved: only an adapter alone is opened as a model on the first."""
-    located = locate(reference)
     alone = located.adapter is None and is_adapter(located.path)
     return open_model(located, models[0].checkpoint if alone and models else None)
 

@@ -15,7 +15,7 @@ from .comparison import Comparison, Difference, Fault, Unequal, Unlike
 from .inspection import Contents, Kind, Stack, Total, kind_of, stack_of
 from .report import HALF_PRECISION, Titled, printable, share, titled
 
-__all__ = ["comparison_report", "contents_report"]
+__all__ = ["inspect_report"]
 
 MAX_ROWS = 300  # of a table
 MAX_LISTED = 20
@@ -25,7 +25,12 @@ Row = tuple[str, ...]
 Listed = TypeVar("Listed")
 
 
-def contents_report(found: Contents) -> Iterator[RenderableType]:
+def inspect_report(found: Contents | Comparison) -> Iterator[RenderableType]:
+    """What is in a checkpoint, or how two differ."""
+    return _contents(found) if isinstance(found, Contents) else _comparison(found)
+
+
+def _contents(found: Contents) -> Iterator[RenderableType]:
     """What is in a checkpoint: files, sizes, layers, vocabulary; then every kind of tensor."""
     yield from _facts(found)
     yield ""
@@ -141,7 +146,7 @@ def _cut(rows: Iterable[Row], columns: int) -> Iterator[Row]:
         yield f"and {len(every) - MAX_ROWS:,} more rows: --json has all", *[""] * (columns - 1)
 
 
-def comparison_report(found: Comparison) -> Iterator[RenderableType]:
+def _comparison(found: Comparison) -> Iterator[RenderableType]:
     """How two checkpoints differ: by kind of tensor, by layer, and what could not be compared."""
     total = found.total
     for role, one in (("base", found.base), ("other", found.other)):
@@ -166,12 +171,12 @@ def _grouped_rows(found: Comparison, by_kind: Mapping[str, Difference]) -> Itera
     for stack, some in sorted(found.by(stack_of).items(), key=lambda item: item[0] != ""):
         if stack:
             yield printable(stack), some
-        inside = ((kind, one) for kind, one in by_kind.items() if stack_of_kind(kind) == stack)
+        inside = ((kind, one) for kind, one in by_kind.items() if _stack_of_kind(kind) == stack)
         yield from ((_indented(kind, stack), one) for kind, one in inside)
     yield "total", found.total
 
 
-def stack_of_kind(kind: str) -> str:
+def _stack_of_kind(kind: str) -> str:
     """The stack's pattern that a kind begins with; '' where it has none."""
     parts = kind.split(".")
     return ".".join(parts[: parts.index("*") + 1]) if "*" in parts else ""

@@ -181,6 +181,30 @@ def test_merge_is_plan_and_fuse(models: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"fused", "merged"}
 
 
+def test_shards_of_a_chosen_size(models: Path, tmp_path: Path) -> None:
+    """The same tensors in more files, whichever command writes them; the plan knows nothing of it."""
+    for command, source in (("fuse", models / "plan"), ("merge", models / "recipe.yml")):
+        out = tmp_path / command
+        assert run(command, source, "-o", out, "--shard-size", "5kB").exit_code == 0
+        shards = sorted(path.name for path in out.glob("*.safetensors"))
+        assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        assert (out / "model.safetensors.index.json").is_file()
+    assert files(tmp_path / "fuse") == files(tmp_path / "merge")
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "problem"),
+    [
+        ("5 gigs", 2, "Error: Invalid value for '--shard-size': '5 gigs' is not a size: write it like 512MB or 2GiB"),
+        ("0GB", 1, "error: shard_size: a file of 0 bytes holds nothing: write it like 5GB"),
+    ],
+)
+def test_shard_sizes_that_are_none(models: Path, tmp_path: Path, size: str, code: int, problem: str) -> None:
+    for command in ("fuse", "merge"):  # neither comes so far as to find that there is nothing to read
+        result = run(command, tmp_path / "nowhere", "-o", tmp_path / "out", "--shard-size", size)
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (code, problem)
+
+
 def test_json_is_one_document_on_stdout(models: Path, tmp_path: Path) -> None:
     planned = run("plan", models / "recipe.yml", "-o", tmp_path / "plan", "--json")
     summary = json.loads(planned.stdout)
@@ -499,5 +523,5 @@ def test_only_cli_and_report_know_of_terminals() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("click", "rich", "tqdm")
     }
-    assert found <= {"cli", "report"}
+    assert found <= {"cli", "report", "report_inspect"}
     assert isinstance(cli.main, click.Group)

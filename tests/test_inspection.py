@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from checkpoints import save, write_json
 from files import write_raw
+from hub_server import Hub
 from safetensors.torch import save_file
 
 import cpimerge
+from cpimerge import remote
 from cpimerge.errors import CheckpointError
 from cpimerge.inspection import Contents, TensorInfo, Total, kind_of, stack_of
 
@@ -314,3 +317,32 @@ def test_headers_alone_are_read(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + (1 << 32))
     assert cpimerge.inspect(tmp_path).total == Total(1, 1 << 30, 1 << 32)
+
+
+# --- the Hub ----------------------------------------------------------------------------------------
+
+
+def said(found: Contents) -> dict[str, Any]:
+    """All but where it is, and what other files lie there."""
+    return {key: value for key, value in found.as_dict().items() if key not in ("name", "path", "notes")}
+
+
+@pytest.mark.parametrize("way", ["cache", "stream"])
+def test_models_on_the_hub(published: Path, hub: Hub, tmp_path: Path, way: Any) -> None:
+    local = tmp_path / "hub"
+    one = cpimerge.inspect("org/base", download=way)
+    assert (one.name, said(one)) == ("org/base", said(cpimerge.inspect(local / "base")))
+    two = cpimerge.inspect("org/base", "org/math", threads=2, download=way)
+    assert two.tensors == cpimerge.inspect(local / "base", local / "math", threads=1).tensors
+    assert two.total.changed > 0
+
+
+def test_of_a_streamed_model_headers_alone_are_fetched(
+    published: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_BYTES", 64)  # the files are shorter than what is fetched of one at first
+    before = sorted(Path(tempfile.gettempdir()).glob(".cpimerge-*"))
+    found = cpimerge.inspect("org/base", download="stream")
+    assert found.total.tensors == 6
+    assert hub.sent(".safetensors") < found.total.bytes / 10
+    assert sorted(Path(tempfile.gettempdir()).glob(".cpimerge-*")) == before

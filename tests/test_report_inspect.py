@@ -19,7 +19,7 @@ from rich.cells import cell_len
 import cpimerge
 from cpimerge import cli, tinylm
 from cpimerge.report import render
-from cpimerge.report_inspect import MAX_LISTED, MAX_ROWS, _cosine, _short, comparison_report, contents_report
+from cpimerge.report_inspect import MAX_LISTED, MAX_ROWS, _cosine, _short, inspect_report
 
 BASE = {
     "embed.weight": torch.arange(12).reshape(4, 3).bfloat16(),
@@ -126,7 +126,7 @@ def test_findings(tmp_path: Path) -> None:
     other["layers.1.mlp.weight"] = torch.ones(3)
     save(tmp_path / "base", BASE)
     save(tmp_path / "other", other | {"more": torch.ones(1)})
-    lines = stripped(text(comparison_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other", threads=1))))
+    lines = stripped(text(inspect_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other", threads=1))))
     assert lines[-16:] == [
         "",
         "1 of 3 floating-point tensors identical, byte for byte; 70.59% of the elements changed",
@@ -151,7 +151,7 @@ def test_findings(tmp_path: Path) -> None:
 def test_nothing_in_common(tmp_path: Path) -> None:
     save(tmp_path / "base", {"a": torch.ones(1)})
     save(tmp_path / "other", {"b": torch.ones(1)})
-    lines = stripped(text(comparison_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))))
+    lines = stripped(text(inspect_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))))
     assert lines[2:] == [
         "",
         "0 of 0 floating-point tensors identical, byte for byte; 0% of the elements changed",
@@ -169,7 +169,7 @@ def test_a_model_of_the_usual_names_fits_80_columns(tmp_path: Path) -> None:
     save(tmp_path / "base", base, config=CONFIG)
     save(tmp_path / "other", {name: tensor * 1.125 for name, tensor in base.items()}, config=CONFIG)
     one, two = cpimerge.inspect(tmp_path / "base"), cpimerge.inspect(tmp_path / "base", tmp_path / "other")
-    for report, rows in ((contents_report(one), 8), (comparison_report(two), 9 + 33)):
+    for report, rows in ((inspect_report(one), 8), (inspect_report(two), 9 + 33)):
         tables = [line for line in text(report, 80).splitlines() if line.count("%") and "elements" not in line][-rows:]
         assert [line.split()[0] for line in tables if "weight" in line] == [
             "lm_head.weight",
@@ -188,29 +188,29 @@ def test_names_from_files_are_escaped(tmp_path: Path) -> None:
     other = tensors | {evil: torch.tensor([math.inf, 1]), f"{evil}.ids": torch.zeros(2).long()}
     save(tmp_path / "other", other | {f"{evil}.1": torch.ones(2, 2), f"{evil}.3": torch.ones(1)}, config=config)
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"model": {"type": evil, "vocab": {}}}))
-    one = contents_report(cpimerge.inspect(tmp_path / "base"))
-    two = comparison_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))
+    one = inspect_report(cpimerge.inspect(tmp_path / "base"))
+    two = inspect_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))
     for report in (one, two):
         shown = text(report)
         assert "\x1b" not in shown
         assert "\\x1b[31m\\nb" in shown
-    assert "\\x1b[31m\\nb, 0 tokens" in text(contents_report(cpimerge.inspect(tmp_path / "base")))
+    assert "\\x1b[31m\\nb, 0 tokens" in text(inspect_report(cpimerge.inspect(tmp_path / "base")))
 
 
 def test_long_lists_and_tables_are_cut(tmp_path: Path) -> None:
     base = {f"layer{i}.{i}": torch.ones(1) for i in range(MAX_ROWS + 5)}
     save(tmp_path / "base", base)
     save(tmp_path / "other", {f"x{i}": torch.ones(1) for i in range(MAX_LISTED + 7)} | {"layer0.0": torch.ones(1)})
-    one = stripped(text(contents_report(cpimerge.inspect(tmp_path / "base"))))
+    one = stripped(text(inspect_report(cpimerge.inspect(tmp_path / "base"))))
     assert one[-1] == f"and {2 * len(base) - MAX_ROWS} more rows: --json has all"
     assert f"{len(base) - MAX_LISTED} more such stacks; 0 tensors outside" in one[4]
-    two = stripped(text(comparison_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))))
+    two = stripped(text(inspect_report(cpimerge.inspect(tmp_path / "base", tmp_path / "other"))))
     assert two[two.index(f"only in the other: {MAX_LISTED + 7}") + MAX_LISTED + 1] == "  and 7 more: --json has all"
 
 
 def test_layers_that_are_missing_are_not_counted(tmp_path: Path) -> None:
     save(tmp_path, {f"h.{i}.w": torch.ones(1) for i in (0, 3, 7)} | {"x.5": torch.ones(())}, config={})
-    lines = stripped(text(contents_report(cpimerge.inspect(tmp_path))))
+    lines = stripped(text(inspect_report(cpimerge.inspect(tmp_path))))
     assert lines[4] == "layers: h.* (3 of 0–7), x.* (1: 5); 0 tensors outside"
     assert lines[5] == "output head: the config does not say if tied; none stored"
     assert lines[-1].split() == ["x.*", "1", "scalar", "F32", "1", "25.00%"]
