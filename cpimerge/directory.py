@@ -26,7 +26,7 @@ from .checkpoint import (
 from .errors import CheckpointError
 from .pickled import read_pickled
 
-__all__ = ["PICKLED_INDEX", "PICKLED_WEIGHTS", "open_checkpoint"]
+__all__ = ["CHECKPOINT_FILES", "PICKLED_INDEX", "PICKLED_WEIGHTS", "open_checkpoint"]
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -43,6 +43,7 @@ class _Format:
 
 
 FORMATS = (_Format(WEIGHTS, INDEX, read_header), _Format(PICKLED_WEIGHTS, PICKLED_INDEX, read_pickled))
+CHECKPOINT_FILES = tuple(name for form in FORMATS for name in (form.weights, form.index))  # one of them there is
 
 
 def open_checkpoint(path: Path, read: Callable[[Path], Shard] | None = None) -> Checkpoint:

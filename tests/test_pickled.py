@@ -14,9 +14,11 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import save, write_json, write_recipe
 from files import stored_bytes, tensors
 from hypothesis import given
@@ -154,6 +156,33 @@ def test_both_formats_give_the_same_model(tmp_path: Path, shards: int) -> None:
             *("README.md", "config.json", "cpimerge_manifest.json", "model.safetensors"),
         ]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("base_pickled", [False, True])
+def test_a_tied_model_of_transformers(tmp_path: Path, base_pickled: bool) -> None:
+    """torch.save keeps both names of what is tied, save_pretrained one: they go together either way."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=None,
+    )  # fmt: skip
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        llama = transformers.LlamaForCausalLM(config)
+        llama.save_pretrained(tmp_path / name)
+        if (name == "base") == base_pickled:
+            torch.save(llama.state_dict(), tmp_path / name / "pytorch_model.bin")
+            (tmp_path / name / "model.safetensors").unlink()
+    models = [{"model": tmp_path / "a"}, {"model": tmp_path / "b"}]
+    recipe = write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "base", models=models)
+    cpimerge.merge(recipe, tmp_path / "out", threads=1)
+    loaded: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    merged, loading = loaded
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("lm_head.weight" in files) == base_pickled
+    state = merged.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in files.items())
 
 
 def test_safetensors_are_preferred_and_that_is_noted(tmp_path: Path) -> None:
