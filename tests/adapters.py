@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cpimerge.checkpoint import Checkpoint, Handles, Tensor
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 Tensors = dict[str, torch.Tensor]
 
 
