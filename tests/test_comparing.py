@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import FLOATS, Case, cases, checkpoint, save
+from checkpoints import FLOATS, Case, cases, checkpoint, save, write_recipe
 from files import stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,6 +178,20 @@ def test_the_same_for_any_number_of_threads(tmp_path: Path) -> None:
     for threads in (2, 3, 5):
         other = cpimerge.inspect(tmp_path / "base", tmp_path / "other", threads=threads, memory="2GB")
         assert json.dumps(one.as_dict()) == json.dumps(other.as_dict())
+
+
+def test_a_plan_counts_the_same(tmp_path: Path) -> None:
+    base, other = large(6, torch.float16)
+    total = compare(tmp_path, base, other).total
+    keys: dict[str, Any] = {"base_model": tmp_path / "base", "models": [{"model": tmp_path / "other"}]}
+    plan = cpimerge.plan(write_recipe(tmp_path / "recipe.yml", **keys), tmp_path / "plan", threads=1)
+    (task,) = plan.tasks
+    assert (task.elements, task.changed, task.near, task.rounding) == (
+        total.elements,
+        total.changed,
+        total.near,
+        total.rounding,
+    )
 
 
 def test_of_layers_and_tensors_outside_them(tmp_path: Path) -> None:
