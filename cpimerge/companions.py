@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import xxhash
 
 from .card import hub_place, model_card, model_name, recipe_without_places
 from .chat_template import write_template
-from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, WEIGHTS, is_unicode
+from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, is_unicode
+from .directory import CHECKPOINT_FILES
 from .plan_file import Input, Plan, TensorPlan, plan_hash
 from .union_tokenizer import Edit, union_edits
 from .writer import ShardLayout, index_json
@@ -35,11 +37,23 @@ MODULES = "modules.json"
 CARD = "README.md"
 # Of card, headers, index and manifest: for the whole, a tensor, and an angle of its blend. Names are rarely longer.
 JSON_BYTES, TENSOR_JSON_BYTES, ANGLE_JSON_BYTES = 10_000, 500, 30
+DTYPE_KEYS = ("dtype", "torch_dtype")
 DTYPE_WORDS = {*FLOAT_NAMES.values(), "float64"}
 # Not copied from the base: weights in any form ...
 WEIGHTS_IN_ANY_FORM = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5"),
-    *("*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.mlmodel", "*.npz", "adapter_*"),
+    *(
+        "*.msgpack",
+        "*.gguf",
+        "*.onnx",
+        "*.onnx_data",
+        "*.onnx.data",
+        "*.ot",
+        "*.tflite",
+        "*.mlmodel",
+        "*.npz",
+        "adapter_*",
+    ),
 )
 # ... optimizer and trainer state, and what describes the base.
 STATE = (
@@ -80,7 +94,7 @@ def companion_edits(plan: Plan) -> Mapping[str, Edit]:
     """What becomes of the content of the base's files, by path in it; others are copied."""
     edits = union_edits(plan.vocabulary)
     resize = edits.get(CONFIG, bytes)
-    return {**edits, CONFIG: lambda raw: config_with_dtype(resize(raw), _main_dtype(plan))}
+    return {**edits, CONFIG: lambda raw: config_with_dtype(resize(raw), _float_dtypes(plan))}
 
 
 def companion_bytes(base: Path, tensors: int, members: int) -> int:
@@ -107,7 +121,7 @@ def _enters(folder: Path, modules: Iterable[Path]) -> bool:
     """Whether files of a folder go along: not those of another model that happens to lie there."""
     if folder in modules:
         return True
-    another = any((folder / name).exists() for name in (WEIGHTS, INDEX, "adapter_config.json"))
+    another = any((folder / name).exists() for name in (*CHECKPOINT_FILES, "adapter_config.json"))
     return not another and not _matches(folder.name, NOT_ENTERED)
 
 
@@ -148,37 +162,48 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _main_dtype(plan: Plan) -> str | None:
-    """The float dtype that most elements of the output have; None where there are no floats."""
-    elements: dict[str, int] = {}
+def _float_dtypes(plan: Plan) -> list[str]:
+    """The float dtypes of the output, that of most elements first."""
+    elements: Counter[str] = Counter()
     for tensor in plan.tensors:
         if tensor.dtype in FLOAT_NAMES:
-            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.output.elements
-    return FLOAT_NAMES[max(elements, key=lambda dtype: elements[dtype])] if elements else None
+            elements[FLOAT_NAMES[tensor.dtype]] += tensor.output.elements
+    return [dtype for dtype, _ in elements.most_common()]
 
 
-def config_with_dtype(raw: bytes, dtype: str | None) -> bytes:
-    """config.json with every `dtype` and `torch_dtype` in it, at any depth, set to `dtype`; verbatim if they agree."""
+def config_with_dtype(raw: bytes, dtypes: Sequence[str]) -> bytes:
+    """config.json whose every `dtype` and `torch_dtype`, at any depth, agrees with the tensors; verbatim if they do.
+
+    `dtypes` are those of the tensors, that of most elements first. Where they are mixed, parts of the model may be
+    meant to differ: an entry that differs from that of the whole model stays, if there are tensors of that dtype.
+    """
     config = json.loads(raw)
-    if dtype is None or not _set_dtype(config, dtype):
+    if not dtypes or not isinstance(config, dict):
+        return raw
+    whole = {_dtype_name(config.get(key)) for key in DTYPE_KEYS}
+    if not _set_dtype(config, dtypes[0], set(dtypes) - whole):
         return raw
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _set_dtype(node: Any, dtype: str) -> bool:
-    """Set the dtype in place; returns whether anything changed."""
+def _set_dtype(node: Any, dtype: str, kept: Set[str]) -> bool:
+    """Set the dtype in place, but for those that are `kept`; returns whether anything changed."""
     changed = False
     for key, value in node.items() if isinstance(node, dict) else ():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            name = value.removeprefix("torch.")
-            if name in DTYPE_WORDS and name != dtype:
-                node[key] = dtype
-                changed = True
-        else:
-            changed |= _set_dtype(value, dtype)
+        if key not in DTYPE_KEYS or not isinstance(value, str):
+            changed |= _set_dtype(value, dtype, kept)
+        elif _dtype_name(value) not in {None, dtype, *kept}:
+            node[key] = dtype
+            changed = True
     for value in node if isinstance(node, list) else ():
-        changed |= _set_dtype(value, dtype)
+        changed |= _set_dtype(value, dtype, kept)
     return changed
+
+
+def _dtype_name(value: Any) -> str | None:
+    """What a config calls a float dtype; None for other values."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else None
+    return name if name in DTYPE_WORDS else None
 
 
 def _library(base: Path) -> str | None:
@@ -208,15 +233,16 @@ def _manifest(plan: Plan, plan_dir: Path, contents: Mapping[str, Any]) -> dict[s
 def _identity(plan: Plan, entry: Input) -> dict[str, Any]:
     """An input in public: what it is called, its files, and the xxh3-128 of what its tensors are called and hold.
 
-    `revision` is the commit of the Hub, where the Hub's cache names it. The same tensors in other shards have the
-    same `content_xxh3`.
+    Revisions are commits of the Hub, where the Hub's cache names them. The same tensors in other shards have the same
+    `content_xxh3`.
     """
     content = json.dumps([[tensor.name, tensor.xxh3[entry.name]] for tensor in plan.tensors]).encode()
-    place = hub_place(entry.path)
+    place, adapter = hub_place(entry.path), entry.adapter and hub_place(entry.adapter)
     return entry.model_dump(exclude={"path", "adapter", "scratch_bytes"}) | {
         "model": model_name(entry.path),
-        "adapter": entry.adapter and model_name(entry.adapter),
         "revision": place and place.revision,
+        "adapter": entry.adapter and model_name(entry.adapter),
+        "adapter_revision": adapter and adapter.revision,
         "content_xxh3": xxhash.xxh3_128_hexdigest(content),
     }
 

@@ -57,6 +57,8 @@ NOT_COPIED = [
     "all_results.json",
     "another/config.json",
     "another/model.safetensors",
+    "another-in-a-pickle/config.json",
+    "another-in-a-pickle/pytorch_model.bin",
     "checkpoint-500/config.json",
     "checkpoint-500/optimizer.pt",
     "consolidated.00.pth",
@@ -125,13 +127,13 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 ODDLY_WRITTEN = b'{"a":1e-05,\n   "torch_dtype" :"bfloat16", "b":[{"dtype": "torch.bfloat16"}], "c": "\\u00e9"}'
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", None])
-def test_a_config_that_agrees_is_kept_verbatim(dtype: str | None) -> None:
-    assert config_with_dtype(ODDLY_WRITTEN, dtype) == ODDLY_WRITTEN
+@pytest.mark.parametrize("dtypes", [["bfloat16"], [], ["bfloat16", "float32"]])
+def test_a_config_that_agrees_is_kept_verbatim(dtypes: list[str]) -> None:
+    assert config_with_dtype(ODDLY_WRITTEN, dtypes) == ODDLY_WRITTEN
 
 
 def test_every_dtype_in_a_config_is_rewritten() -> None:
-    assert json.loads(config_with_dtype(ODDLY_WRITTEN, "float16")) == {
+    assert json.loads(config_with_dtype(ODDLY_WRITTEN, ["float16"])) == {
         "a": 1e-5,
         "torch_dtype": "float16",
         "b": [{"dtype": "float16"}],
@@ -151,7 +153,26 @@ def test_every_dtype_in_a_config_is_rewritten() -> None:
 )
 def test_what_is_no_float_dtype_stays(config: dict[str, Any]) -> None:
     raw = json.dumps(config).encode()
-    assert config_with_dtype(raw, "bfloat16") == raw
+    assert config_with_dtype(raw, ["bfloat16"]) == raw
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "whole", "text", "vision"),
+    [
+        (["bfloat16", "float32"], "bfloat16", "bfloat16", "float32"),  # as it was
+        (["bfloat16"], "bfloat16", "bfloat16", "bfloat16"),
+        (["float16", "float32"], "float16", "float16", "float32"),
+        (["float32", "bfloat16"], "float32", "float32", "float32"),
+        (["float16", "bfloat16"], "float16", "float16", "float16"),
+    ],
+)
+def test_parts_of_a_model_may_have_their_own_dtype(dtypes: list[str], whole: str, text: str, vision: str) -> None:
+    config = {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "vision_config": {"torch_dtype": "float32"}}
+    assert json.loads(config_with_dtype(json.dumps(config).encode(), dtypes)) == {
+        "dtype": whole,
+        "text_config": {"dtype": text},
+        "vision_config": {"torch_dtype": vision},
+    }
 
 
 # --- a whole output ---------------------------------------------------------------------------------
