@@ -25,7 +25,7 @@ class Difference(NamedTuple):
 def compare(raw: Stored, kinds: Counts, look: Look, found: Difference, room: Scratch) -> None:
     """How the second checkpoint of a chunk differs from the first, the base; `found` begins as zeros and place −1.
 
-    `raw` uint8 [2, ≥ begin + 4n] holds the chunk's bytes from both, of `kinds` [2]. Of `look`, its rows and members do not
+    `raw` uint8 [2, ≥ begin + 4n] holds the chunk's bytes from both, of `kinds` [2]. Of `look`, rows and members do not
     matter. An element that is NaN or Inf in either, or whose difference does not fit float32, is only counted.
     """
     changes = room.magnitude.reshape((1, TILE))
