@@ -46,22 +46,21 @@ def _entries(tree: Tree, group: Where) -> list[Where]:
 
 def tasks(tree: Tree, group: Where, directory: Path) -> list[Where]:
     """The entries of a group that are tasks: all but the base."""
-    return [where for where in _entries(tree, group) if not _is_base(tree, where, directory)]
+    base = reference_at(tree, directory, "base_model")
+    return [where for where in _entries(tree, group) if not _is_base(tree, where, directory, base)]
 
 
 def base_entries(tree: Tree, directory: Path) -> Iterator[Where]:
     """Entries that are the base: mergekit's recipes list it among the models. With a `name` it is a task as well."""
+    base = reference_at(tree, directory, "base_model")
     for group in groups(tree):
-        yield from (where for where in _entries(tree, group) if _is_base(tree, where, directory))
+        yield from (where for where in _entries(tree, group) if _is_base(tree, where, directory, base))
 
 
-def _is_base(tree: Tree, where: Where, directory: Path) -> bool:
-    model = reference_at(tree, directory, *where, "model")
-    return (
-        model is not None
-        and (*where, "name") not in tree.lines
-        and model == reference_at(tree, directory, "base_model")
-    )
+def _is_base(tree: Tree, where: Where, directory: Path, base: Reference | None) -> bool:
+    if base is None or (*where, "name") in tree.lines:
+        return False
+    return reference_at(tree, directory, *where, "model") == base
 
 
 def task_name(tree: Tree, where: Where, directory: Path) -> str:
@@ -101,6 +100,7 @@ def check_models(tree: Tree, directory: Path) -> Iterator[Problem]:
 def _check_slices(tree: Tree, lists: list[Where], directory: Path) -> Iterator[Problem]:
     """All slices together are whole models."""
     base = reference_at(tree, directory, "base_model")
+    expected = _named(tree, lists[0], directory)
     stop = 0
     for group in lists:
         own_base = reference_at(tree, directory, *group[:2], "base_model")
@@ -110,8 +110,10 @@ def _check_slices(tree: Tree, lists: list[Where], directory: Path) -> Iterator[P
         if ranges:
             yield from _check_ranges(tree, ranges, stop)
             stop = next(iter(ranges.values()))[1]
-        if group != lists[0]:
-            yield from _check_same_models(tree, lists[0], group, directory)
+        if not _are_the_same(expected, _named(tree, group, directory)):
+            line = tree.problem(lists[0], "").line
+            text = f"must be the models of slices[0], line {line}, in their order and with their names"
+            yield tree.problem(group, f"{text}; {_ELSE}")
 
 
 def _range_at(tree: Tree, where: Where) -> tuple[int, int] | None:
@@ -134,19 +136,23 @@ def _check_ranges(tree: Tree, ranges: dict[Where, tuple[int, int]], stop: int) -
         yield tree.problem((*first_place, "layer_range"), f"{what}, which is not supported; {_ELSE}")
 
 
-def _check_same_models(tree: Tree, first: Where, group: Where, directory: Path) -> Iterator[Problem]:
-    """A slice has the models of the first one, in its order, which counts."""
-    expected, got = ([_named(tree, where, directory) for where in tasks(tree, g, directory)] for g in (first, group))
-    unknown = [model for model, _ in (*expected, *got) if model is None]
-    if unknown:
-        return
-    same = [model for model, _ in expected] == [model for model, _ in got]
-    if not same or any(name not in ("", known) for (_, known), (_, name) in zip(expected, got, strict=True)):
-        text = f"must be the models of slices[0], line {tree.lines[first]}, in their order and with their names"
-        yield tree.problem(group, f"{text}; {_ELSE}")
+Named = list[tuple[Reference | None, str]]
 
 
-def _named(tree: Tree, where: Where, directory: Path) -> tuple[Reference | None, str]:
-    """A model and its own name; "" for an entry of a later slice that gives none."""
-    model = reference_at(tree, directory, *where, "model")
-    return model, text_at(tree, *where, "name")
+def _named(tree: Tree, group: Where, directory: Path) -> Named:
+    """The tasks of a group, each with the name that it is given; "" where it is given none."""
+    entries = tasks(tree, group, directory)
+    return [(reference_at(tree, directory, *where, "model"), text_at(tree, *where, "name")) for where in entries]
+
+
+def _are_the_same(first: Named, later: Named) -> bool:
+    """Whether a later slice has the models of the first one, in its order, which counts.
+
+    One of no models, or with one that is not known, is another problem.
+    """
+    if not first or not later or any(model is None for model, _ in later):
+        return True
+    pairs = zip(first, later, strict=False)
+    return len(first) == len(later) and all(
+        model in (None, other) and name in ("", known) for (model, known), (other, name) in pairs
+    )

@@ -732,6 +732,21 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "layer_range"
         ],
     ),
+    "a slice without sources before another": (
+        "merge_method: cpi\nbase_model: b\nslices:\n  - parameters: {density: 0}\n"
+        "  - sources: [{model: a, layer_range: [0, 2]}]",
+        [
+            "4: slices[0].sources: is missing; list the models of the slice, each as '- model: DIRECTORY' with a "
+            "layer_range"
+        ],
+    ),
+    "fewer models in another slice": (
+        SLICES.replace("      - model: ./code\n        layer_range: [2, 6]\n        parameters: {weight: 3}\n", ""),
+        [
+            "12: slices[1].sources: must be the models of slices[0], line 4, in their order and with their names; "
+            "use mergekit for a merge of parts"
+        ],
+    ),
     "slices as a mapping": (
         "merge_method: cpi\nbase_model: b\nslices: {sources: []}",
         ["3: slices: expected a list ([a, b], or lines that begin with '- '), got a mapping"],
