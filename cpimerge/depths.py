@@ -100,7 +100,7 @@ def side_problems(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Iterator[str
     """A tensor outside the layers may go with the first or the last slice only where that makes no difference."""
     for name, position in positions(tensors, recipe.slices).items():
         first, last = position.slices[0], position.slices[-1]
-        if tensors[name].is_float and _numbers(recipe, name, first) != _numbers(recipe, name, last):
+        if first != last and tensors[name].is_float and _numbers(recipe, name, first) != _numbers(recipe, name, last):
             where = f"{recipe.file or 'recipe'}:{recipe.slices[0].line}: slices"
             yield (
                 f"{where}: tensor {name!r} is outside the layers, and its name does not tell whether before or after "

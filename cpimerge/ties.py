@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from .checkpoint import HEADS, Checkpoint, Handles, StoredTensor, Tensor, layer_of, natural_key
@@ -60,10 +61,13 @@ def onto(base: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 
 def copies_in(checkpoint: Checkpoint) -> Iterator[Twins]:
-    """Heads that a checkpoint has beside the embeddings to which its config ties them."""
+    """What a checkpoint has beside its original: at the same place of a file, or a head that its config ties."""
     originals = _Originals(checkpoint.tensors)
-    for name in filter(is_head, checkpoint.tensors if checkpoint.tied else ()):
-        original = originals.of(name, checkpoint.tensors)
+    shares = not all(shard.file.suffix == ".safetensors" for shard in checkpoint.shards)  # whose places never overlap
+    for name in checkpoint.tensors if shares or checkpoint.tied else ():
+        original = originals.at_place_of(name) if shares else None
+        if original is None and checkpoint.tied and is_head(name):
+            original = originals.of(name, checkpoint.tensors)
         if original is not None:
             yield Twins("tied", checkpoint.tensors[name], checkpoint.tensors[original], checkpoint)
 
@@ -73,11 +77,26 @@ class _Originals:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._at: dict[object, list[str]] = {}
-        for name, tensor in tensors.items():
+
+    @cached_property
+    def _at(self) -> dict[object, list[str]]:
+        """Names by place."""
+        names: dict[object, list[str]] = {}
+        for name, tensor in self._tensors.items():
             if isinstance(tensor, StoredTensor) and tensor.nbytes:
-                self._at.setdefault(replace(tensor, name=""), []).append(name)
-        self._outside = [name for name in tensors if _is_original(name) and not layer_of(name)]
+                names.setdefault(replace(tensor, name=""), []).append(name)
+        return names
+
+    @cached_property
+    def _outside(self) -> list[str]:
+        """What others may be copies of, by its name."""
+        return [name for name in self._tensors if _is_original(name) and not layer_of(name)]
+
+    def at_place_of(self, name: str) -> str | None:
+        """The first of several names of one place that is no head's, or the first; None for itself."""
+        names = self._at.get(replace(self._tensors[name], name=""), [name])
+        first = next((other for other in names if not is_head(other)), names[0])
+        return None if first == name else first
 
     def of(self, name: str, among: Mapping[str, Tensor]) -> str | None:
         """A name in `among`: at the same place of a file, else as far as names and shapes tell."""
