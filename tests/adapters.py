@@ -19,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -45,14 +46,14 @@ def llama(**settings: Any) -> nn.Module:
 
 def gpt2() -> nn.Module:
     """Conv1D layers, whose weights are [in, out]; a tied head."""
-    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32}
+    sizes: dict[str, Any] = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 def bert() -> nn.Module:
     """Linear layers with biases, and a head that the task trains whole."""
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=96, max_position_embeddings=64))
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, vocab_size=96))
 
 
 class Convolutions(nn.Module):
@@ -93,7 +94,7 @@ def train(
             change = 0.02 * torch.randn(parameter.shape)
             value = parameter * (1 + change) if "magnitude" in name else change
             parameter.data = value.to(adapter_dtype if "lora_" in name else parameter.dtype)
-    wrapped.save_pretrained(directory / "adapter")
+    wrapped.save_pretrained(str(directory / "adapter"))
     again = make().to(dtype)
     again.load_state_dict(base)
     loaded = PeftModel.from_pretrained(again, directory / "adapter")
@@ -104,7 +105,7 @@ def train(
 
 
 def save_model(model: nn.Module, directory: Path) -> None:
-    if hasattr(model, "save_pretrained"):
+    if isinstance(model, PreTrainedModel):
         model.save_pretrained(directory)
         return
     directory.mkdir(parents=True)

@@ -128,7 +128,7 @@ def test_biases_and_whole_modules(
 
 def test_a_head_trained_with_conv1d(tmp_path: Path) -> None:
     """PEFT saves fan_in_fan_out as the last module had it, here the head; square layers are [in, out] all the same."""
-    settings = {"r": 4, "target_modules": ["c_proj", "lm_head"]}
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["c_proj", "lm_head"]}
     trained = train(tmp_path, lambda: untied(gpt2()), **settings)
     assert '"fan_in_fan_out": false' in (trained.adapter / "adapter_config.json").read_text()
     right, terms = exact(trained, **settings)

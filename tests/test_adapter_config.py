@@ -36,7 +36,7 @@ def problems(directory: Path, **config: Any) -> list[str]:
 
 
 def test_what_peft_saves(tmp_path: Path) -> None:
-    LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q"], bias="all").save_pretrained(tmp_path)
+    LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q"], bias="all").save_pretrained(str(tmp_path))
     config = read_config(tmp_path)
     assert (config.rank, config.alpha, config.use_rslora, config.use_dora) == (3, 6.0, True, False)
     assert config.scale_of("q") == 6 / math.sqrt(3)
@@ -60,7 +60,8 @@ def test_variants_are_refused_by_name(tmp_path: Path, key: str) -> None:
     assert problems(tmp_path, **{key: [1]}) == [
         f"{key}: {VARIANTS[key]} cannot be merged here. Merge the adapter into its base first (PEFT)"
     ]
-    for off in (None, False, [], {}):
+    every: tuple[Any, ...] = (None, False, [], {})
+    for off in every:
         read(tmp_path, **{key: off})
 
 
