@@ -20,7 +20,7 @@ from cpimerge import IncompatibleError, ties
 from cpimerge.checkpoint import StoredTensor
 from cpimerge.directory import open_checkpoint
 from cpimerge.plan_file import Plan
-from cpimerge.ties import first_difference, onto
+from cpimerge.ties import copies_in, first_difference, onto
 
 Tensors = dict[str, torch.Tensor]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -202,6 +202,25 @@ def test_a_pickle_has_both_names(home: Path, base_has_both: bool, pickled: bool)
         text = "{} is a copy of {}; the base has no such copy, and the output has none"
     assert notes == [f"{home}/expert: {text.format(*pair)}" for pair in zip(names, originals, strict=True)]
     assert fused(home).keys() == (shared(bert(0)) if base_has_both else bert(0)).keys()
+
+
+def test_shared_memory_that_may_drift_apart(home: Path) -> None:
+    """Also where no config says that they are tied, and whatever they are called."""
+    weight = torch.randn(3, 3)
+    for name in ("base", "expert"):
+        (home / name).mkdir()
+        torch.save(
+            {"lm_head.weight": weight, "a": weight, "b": weight, "c": weight + 1}, home / name / "pytorch_model.bin"
+        )
+    parameters = {"scope": "global"}
+    models = [{"model": home / "expert"}]
+    write_recipe(home / "recipe.yml", base_model=home / "base", models=models, parameters=parameters)
+    plan = cpimerge.plan(home / "recipe.yml", home / "plan", threads=1)
+    assert [note.split(", and")[0] for note in head_notes(home, plan)] == [
+        "base: b is a copy of a",
+        "base: lm_head.weight is a copy of a",
+    ]
+    assert [twins.copy.name for twins in copies_in(open_checkpoint(home / "base"))] == ["b", "lm_head.weight"]
 
 
 def test_shared_memory_under_any_name(home: Path) -> None:
