@@ -356,7 +356,10 @@ FILES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "adapter": (
         lambda home: only(home / "math", "adapter_config.json", "adapter_model.safetensors"),
-        ["math: holds an adapter, not a full model. Merge it into its base first (PEFT: merge_and_unload)"],
+        [
+            "math/adapter_config.json: peft_type is None; only LORA can be merged. Merge it into its base first (PEFT)",
+            f"math/adapter_model.safetensors: incomplete: 2 bytes, shorter than its own header. {AGAIN}",
+        ],
     ),
     "bin": (
         lambda home: only(home / "math", "pytorch_model.bin", "config.json"),
