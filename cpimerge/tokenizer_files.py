@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ADDED_TOKENS = "added_tokens.json"
 MAX_BYTES = 64_000_000  # twice the largest tokenizer.json that is about
 MAX_ID = 1 << 31
 MAX_SCORE = 1e300
+DIGESTED = 1 << 14  # tokens that are written as JSON at a time
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token, as tokenizers names them
 MEND = "Save the tokenizer again with transformers"
 
@@ -78,7 +80,7 @@ class Tokens:
     @cached_property
     def xxh3(self) -> str:
         """Identifies which id belongs to which token: xxh3-128."""
-        return _digest(f"{number} {json.dumps(self.names[number])}" for number in sorted(self.names))
+        return _digest(sorted(self.names.items()))
 
 
 def find_tokenizer(places: Iterable[Path]) -> TokenizerFiles | None:
@@ -117,12 +119,12 @@ def read_tokens(files: TokenizerFiles) -> Tokens:
         vocab, core = _model(file, raw.get("model"))
         added = {token: (number, flags) for number, token, flags in added_entries(file, raw.get("added_tokens"))}
     elif file.name == VOCAB_JSON:
-        vocab = {token: _id(file, token, number) for token, number in read_json(file).items()}
-        merges = (line for line in _lines(files.core[1]) if line and not line.startswith("#version"))
+        vocab = _checked(file, read_json(file))
+        merges = [line for line in _lines(files.core[1]) if line and not line.startswith("#version")]
         core = _core("BPE", vocab, merges)
     else:
         vocab = {token: number for number, token in enumerate(_lines(file))}
-        core = _core("WordPiece", vocab, ())
+        core = _core("WordPiece", vocab, [])
     free = max([len(vocab), *(number + 1 for number, _ in added.values())])
     known = vocab.keys() | added.keys()
     every = added | {token: entry for token, entry in files.extras.items() if token not in known}
@@ -134,12 +136,11 @@ def _model(file: Path, model: Any) -> tuple[dict[str, int], str]:
     """token -> id of tokenizer.json's own vocabulary, and what identifies it with its merges or scores."""
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
-        ids = {token: _id(file, token, number) for token, number in vocab.items()}
         merges = model.get("merges")
-        return ids, _core(str(model.get("type")), ids, map(_merge, merges if isinstance(merges, list) else ()))
+        return _checked(file, vocab), _core(model.get("type"), vocab, merges if isinstance(merges, list) else [])
     if isinstance(vocab, list) and all(_is_scored(entry) for entry in vocab):
         ids = {token: number for number, (token, _) in enumerate(vocab)}
-        return ids, _core(str(model.get("type")), ids, (repr(float(score)) for _, score in vocab))
+        return ids, _core(model.get("type"), ids, [float(score) for _, score in vocab])
     raise CheckpointError(f"{file}: has no vocabulary where tokenizers puts it (model.vocab). {MEND}")
 
 
@@ -151,9 +152,12 @@ def _is_scored(entry: Any) -> bool:
     return isinstance(token, str) and isinstance(score, int | float) and abs(score) < MAX_SCORE
 
 
-def _merge(pair: Any) -> str:
-    """A merge as text: files have `a b`, or a list of both."""
-    return " ".join(map(str, pair)) if isinstance(pair, list) else str(pair)
+def _checked(file: Path, vocab: dict[str, Any]) -> dict[str, int]:
+    """token -> id, as it stands there. Raises CheckpointError where an id is none."""
+    for token, number in vocab.items():
+        if type(number) is not int or not 0 <= number < MAX_ID:
+            _id(file, token, number)
+    return vocab
 
 
 def added_entries(file: Path, entries: Any) -> Iterator[tuple[int, str, Flags]]:
@@ -189,8 +193,11 @@ def _id(file: Path, token: str, number: Any) -> int:
 
 def _names(file: Path, vocab: Mapping[str, int], added: Mapping[str, tuple[int, Flags]]) -> dict[int, str]:
     """id -> token. Raises CheckpointError where two tokens have one id, or a token two."""
-    names: dict[int, str] = {}
-    for token, number in (*vocab.items(), *((token, number) for token, (number, _) in added.items())):
+    names = {number: token for token, number in vocab.items()}
+    ids = [(token, number) for token, (number, _) in added.items()]
+    if len(names) < len(vocab):
+        names, ids = {}, [*vocab.items(), *ids]  # to find out which
+    for token, number in ids:
         if names.setdefault(number, token) != token:
             raise CheckpointError(f"{file}: id {number} is both {shown(names[number])} and {shown(token)}. {MEND}")
         if vocab.get(token, number) != number:
@@ -198,16 +205,21 @@ def _names(file: Path, vocab: Mapping[str, int], added: Mapping[str, tuple[int, 
     return names
 
 
-def _core(kind: str, vocab: Mapping[str, int], rest: Iterable[str]) -> str:
-    """Identifies a vocabulary with its merges or scores: xxh3-128."""
-    by_id = sorted(vocab.items(), key=lambda entry: entry[1])
-    return _digest((kind, *(f"{number} {json.dumps(token)}" for token, number in by_id), "", *rest))
+def _core(kind: Any, vocab: Mapping[str, int], rest: list[Any]) -> str:
+    """Identifies a vocabulary with its merges or scores: xxh3-128. Of a merge, files have `a b` or a list of both."""
+    merges = rest if all(isinstance(merge, list) for merge in rest) else [_merge(merge) for merge in rest]
+    return _digest([kind], sorted(vocab.items(), key=itemgetter(1, 0)), merges)
 
 
-def _digest(lines: Iterable[str]) -> str:
+def _merge(entry: Any) -> Any:
+    return entry.split(" ", 1) if isinstance(entry, str) else entry
+
+
+def _digest(*lists: list[Any]) -> str:
     digest = xxhash.xxh3_128()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    for values in lists:
+        for begin in range(0, len(values), DIGESTED) or [0]:
+            digest.update(json.dumps(values[begin : begin + DIGESTED]).encode())
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, Tensor, collect, is_unicode
 from .errors import IncompatibleError
@@ -16,6 +17,9 @@ from .plan_file import JoinedToken, Mode, Vocabulary
 from .token_relations import NOWHERE, Base, Relation, is_resized, relate, vocab_sizes
 from .tokenizer_files import TOKENIZER, Flags
 from .vocabulary_text import told
+
+if TYPE_CHECKING:
+    from .token_rows import Runs
 
 __all__ = ["Settled", "settle"]
 
@@ -89,8 +93,11 @@ def _align(base: Base, relations: Mapping[str, Relation], mode: Mode, settled: S
     for relation in relations.values():
         settled.notes.extend(relation.difference.outcome(union.new))
     tensors = {name: dict(checkpoint.tensors) for name, checkpoint in settled.checkpoints.items()}
+    from .token_rows import Runs  # with numpy, which most merges need only later
+
+    runs = {name: Runs(union.rows_of(name)) for name in tensors}
     for name in base.tensors:
-        _move(name, tensors, union)
+        _move(name, tensors, union, runs)
     settled.checkpoints = {
         name: replace(checkpoint, tensors=tensors[name]) for name, checkpoint in settled.checkpoints.items()
     }
@@ -204,7 +211,7 @@ class _Union:
             )
 
     def rows_of(self, name: str) -> Sequence[int]:
-        """For each row of the output, the model's own row or NOWHERE."""
+        """For each row of the output, the own row of a model, or NOWHERE."""
         relation = self.relations.get(name)
         rows = [*range(self.base_rows)] if relation is None else [*relation.places]
         rows += [NOWHERE] * (self.rows - self.base_rows)
@@ -213,9 +220,9 @@ class _Union:
         return rows
 
 
-def _move(tensor: str, tensors: Mapping[str, dict[str, Tensor]], union: _Union) -> None:
+def _move(tensor: str, tensors: Mapping[str, dict[str, Tensor]], union: _Union, runs: Mapping[str, Runs]) -> None:
     """Replace one tensor in every model that has it, by one in the rows of the output."""
-    from .token_rows import MeanRows, MovedRows, Part, Runs  # with numpy
+    from .token_rows import MeanRows, MovedRows, Part
 
     having = {name: own[tensor] for name, own in tensors.items() if tensor in own}
     base = having.pop("base")
@@ -226,8 +233,7 @@ def _move(tensor: str, tensors: Mapping[str, dict[str, Tensor]], union: _Union) 
             Part(having[name], {union.new[token]: extra[token] for token in extra}) for name, extra in extras.items()
         )
         means = MeanRows.like(base, union.rows, tuple(part for part in parts if part.rows))
-        fallback = tensors["base"][tensor] = MovedRows.of(base, Runs(union.rows_of("base")), means)
+        fallback = tensors["base"][tensor] = MovedRows.of(base, runs["base"], means)
     for name, info in having.items():
-        runs = Runs(union.rows_of(name))
-        if not (runs.is_identity and info.shape == fallback.shape):
-            tensors[name][tensor] = MovedRows.of(info, runs, fallback)
+        if not (runs[name].is_identity and info.shape == fallback.shape):
+            tensors[name][tensor] = MovedRows.of(info, runs[name], fallback)
