@@ -6,6 +6,7 @@ Nothing is computed here: the tensors that come out compute themselves as they a
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -15,9 +16,8 @@ from pathlib import Path
 from .adapted import CastTensor, Kept
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_config
 from .adapter_update import OTHER_MODEL, Orientation, Update
-from .checkpoint import INDEX, WEIGHTS, Checkpoint, Shard, Tensor, collect, natural_key, read_header
-from .compatibility import HEADS
-from .directory import PICKLED_INDEX, PICKLED_WEIGHTS
+from .checkpoint import HEADS, Checkpoint, Shard, Tensor, collect, natural_key, read_header
+from .directory import CHECKPOINT_FILES
 from .errors import CheckpointError
 from .pickled import read_pickled
 
@@ -41,8 +41,8 @@ Rename = Callable[[str], str]
 
 def is_adapter(path: Path) -> bool:
     """Whether the directory holds an adapter alone."""
-    models = (WEIGHTS, INDEX, PICKLED_WEIGHTS, PICKLED_INDEX)
-    return (path / ADAPTER_CONFIG).is_file() and not any((path / name).is_file() for name in models)
+    isfile = os.path.isfile  # unlike Path.is_file, False also for paths that cannot be
+    return isfile(path / ADAPTER_CONFIG) and not any(isfile(path / name) for name in CHECKPOINT_FILES)
 
 
 def open_adapter(model: Checkpoint, directory: Path) -> Checkpoint:

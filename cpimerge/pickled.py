@@ -261,7 +261,7 @@ def _stored(
     nbytes = value.numel() * ITEM_BYTES[dtype]
     if not nbytes:
         return StoredTensor(name, dtype, tuple(value.shape), 0, file, 0)
-    key = keys.get(value.untyped_storage()._checkpoint_offset or 0)
+    key = keys.get(getattr(value.untyped_storage(), "_checkpoint_offset", None) or 0)
     if key is None:
         raise _Unfit("this PyTorch does not say where it lies in the file. Install torch>=2.7")
     record = records[key]

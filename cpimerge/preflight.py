@@ -119,7 +119,9 @@ class _Findings:
 
 
 def check(recipe: Recipe, find: Locate = locate) -> Inputs:
-    """Open and compare everything that the recipe names, where `find` finds it; reads headers only.
+    """Open and compare everything that the recipe names, where `find` finds it.
+
+    Reads headers, and of tensors only those that were saved twice (see ties.py).
 
     Raises RecipeError, CheckpointError or IncompatibleError, listing all problems of all checkpoints at once.
     """

@@ -535,12 +535,13 @@ def rewrite(directory: Path, content: Tensors, tensors: Mapping[str, torch.Tenso
     return save(directory, {name: tensor for name, tensor in changed.items() if tensor is not None})
 
 
-def headless(home: Path) -> None:
+def headless(home: Path) -> Path:
     """All have embeddings that serve as their heads, too."""
     for name, shift in (("base", 0), ("math", 0.5), ("code", -0.25)):
         tensors = model(shift)
         del tensors["lm_head.weight"]
         save(home / name, tensors, config=TIED)
+    return home
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
