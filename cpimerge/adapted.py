@@ -11,6 +11,7 @@ from .checkpoint import Handles, Tensor
 __all__ = ["AdaptedTensor", "CastTensor", "Kept", "LowRank", "ShiftedTensor"]
 
 BLOCK = 1 << 16  # elements that are decoded at a time; a row's partial sums divide it
+KEPT = 16  # tensors whose columns' lengths are kept
 LEFT = 1 << 18  # numbers of the left factor that are held at a time, unless one row has more
 
 
@@ -56,7 +57,7 @@ class AdaptedTensor(Tensor):
         lengths = 0
         if self.update.magnitude is not None:
             rows = 1 if self.update.transposed else min(self.elements, BLOCK) // self.update.columns + 2
-            lengths = left + BLOCK * (self.item_bytes + 4) + 8 * 64 * rows + 32 * self.update.columns
+            lengths = left + BLOCK * (self.item_bytes + 4) + 8 * 64 * rows + (32 + 4 * KEPT) * self.update.columns
         return self.base.scratch_bytes + left + right + 8 * BLOCK + lengths
 
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:

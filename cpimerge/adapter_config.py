@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
-from .checkpoint import read_json_object
+from .checkpoint import is_unicode, read_json_object
 from .errors import CheckpointError
 
 __all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_config"]
@@ -22,8 +22,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 MAX_FLOAT32 = 3.4e38
 MAX_CONFIG_BYTES = 10_000_000
 MAX_PATTERNS = 10_000
-MAX_PATTERN = 1_000  # characters
-PLAIN_PATTERN = re.compile(r"[\w.-]+")  # where only the dot is special
+# Most patterns are the end of a name, or all of it. Others are compiled, so they must be few and small.
+PLAIN_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
+MAX_EXPRESSIONS = 32
+MAX_EXPRESSION = 200  # characters
+COUNTED = re.compile(r"\{")
 
 # Keys that say nothing about what the trained weights mean, whatever their value.
 HARMLESS = {
@@ -52,7 +55,7 @@ VARIANTS = {
     "enable_lora": "LoRA on parts of a layer (enable_lora)",
 }
 # How the factors began: these leave the base as it is, ...
-PLAIN_STARTS = {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
+PLAIN_STARTS = {"gaussian", "eva", "orthogonal", "mica", "true", "false", "none"}
 # ... and these take what they began with out of the base.
 CHANGED_BASE = {
     "pissa": "PiSSA",
@@ -129,7 +132,7 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {name} cannot be merged here. Merge the adapter into its base first (PEFT)"
     for key in sorted(raw.keys() - HARMLESS - USED - VARIANTS.keys()):
         if raw[key]:
-            yield f"{key}: not known, and it may change what the weights mean. Merge the adapter into its base first"
+            yield f"{_shown(key)}: not known, and it may change what the weights mean. Merge the adapter into its base"
     start = str(raw.get("init_lora_weights", True)).lower()
     changed = next((name for prefix, name in CHANGED_BASE.items() if start.startswith(prefix)), None)
     if changed:
@@ -160,7 +163,7 @@ def _faults(raw: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS or not all(map(fits, patterns.values())):
             yield f"{key} must map at most {MAX_PATTERNS} names of modules to numbers, got {_shown(patterns)}"
         else:
-            yield from (f"{key}: {fault}" for pattern in patterns if (fault := _pattern_fault(pattern)))
+            yield from (f"{key}: {fault}" for fault in _pattern_faults(patterns))
 
 
 def _is_rank(value: Any) -> bool:
@@ -176,17 +179,27 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _pattern_fault(pattern: str) -> str | None:
-    if len(pattern) > MAX_PATTERN:
-        return f"{_shown(pattern)}: longer than {MAX_PATTERN} characters"
+def _pattern_faults(patterns: Mapping[str, Any]) -> Iterator[str]:
+    expressions = [pattern for pattern in patterns if not PLAIN_PATTERN.fullmatch(pattern)]
+    if len(expressions) > MAX_EXPRESSIONS:
+        yield f"{len(expressions)} regular expressions; at most {MAX_EXPRESSIONS} are matched. Name modules instead"
+        return
+    for pattern in expressions:
+        if len(pattern) > MAX_EXPRESSION:
+            yield f"{_shown(pattern)}: longer than {MAX_EXPRESSION} characters"
+        elif not is_unicode(pattern) or len(COUNTED.findall(pattern)) > 1 or not _compiles(pattern):
+            yield f"{_shown(pattern)}: not a regular expression that can be matched in bounded time"
+
+
+def _compiles(pattern: str) -> bool:
     try:
         _matcher(pattern)
     except SchemaError:
-        return f"{_shown(pattern)}: not a regular expression that can be matched in bounded time"
-    return None
+        return False
+    return True
 
 
-@lru_cache(MAX_PATTERNS)
+@lru_cache(2 * MAX_EXPRESSIONS)
 def _matcher(pattern: str) -> TypeAdapter[str]:
     """Accepts the names of modules that a key of PEFT's patterns means.
 
@@ -202,12 +215,20 @@ def _first_match(patterns: Mapping[str, Any], module: str) -> str | None:
 
 
 def _means(pattern: str, module: str) -> bool:
-    if PLAIN_PATTERN.fullmatch(pattern):  # nearly all are, and there may be one for every module
-        before, end = module[: -len(pattern)], module[-len(pattern) :]
-        whole_parts = len(end) == len(pattern) and (not before or before.endswith("."))
-        return whole_parts and all(p in (".", char) for p, char in zip(pattern, end, strict=True))
+    if PLAIN_PATTERN.fullmatch(pattern):
+        return _ends(pattern, module)
     try:
         _matcher(pattern).validate_python(module)
     except ValidationError:
         return False
     return True
+
+
+def _ends(pattern: str, module: str) -> bool:
+    """Whether the plain `pattern` is the end of `module`, in whole parts; a dot is any character, as to PEFT."""
+    body = pattern.removeprefix("^").replace("\\.", "\n")
+    before, end = module[: -len(body)], module[-len(body) :]
+    fits = len(end) == len(body) and all(
+        p in (".", char) or (p, char) == ("\n", ".") for p, char in zip(body, end, strict=True)
+    )
+    return fits and (not before or (before.endswith(".") and body == pattern.replace("\\.", "\n")))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from .adapted import BLOCK, LEFT, AdaptedTensor, CastTensor, ShiftedTensor
+from .adapted import BLOCK, KEPT, LEFT, AdaptedTensor, CastTensor, ShiftedTensor
 from .checkpoint import Handles, Tensor
 from .errors import CheckpointError
 from .kernels import floats, lowrank
@@ -126,6 +126,8 @@ class _Work:
                 for begin, values in work.everything(0, self.tensor.elements // self.columns):
                     place = begin % self.columns
                     lowrank.add_column_squares(values, sums[place : place + values.size])
+                while len(kept.factors) >= KEPT:
+                    del kept.factors[next(iter(kept.factors))]
                 kept.factors[self.tensor.name] = self._over_magnitude(np.sqrt(sums).astype(np.float32), 0)
             factors: Floats = kept.factors[self.tensor.name]
         return factors

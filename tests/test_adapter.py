@@ -385,3 +385,17 @@ def test_what_an_adapter_lacks_or_has_too_much_is_said_of_it(tmp_path: Path) -> 
     assert [problem.split(". ")[0] for problem in caught.value.problems] == [
         f"{adapter}: tensor 'score.weight': not in {base}"
     ]
+
+
+def test_embeddings_saved_along_with_new_rows(tmp_path: Path) -> None:
+    """Resized for new tokens: the adapter's own rows are what its update applies to."""
+    rows, head = noise(12, 4), noise(12, 4)
+    tensors = MODEL | {"lm_head.weight": noise(10, 4)}
+    parts = factors("lm_head", 12) | {f"{P}lm_head.base_layer.weight": head, f"{P}model.embed.weight": rows}
+    opened = open_adapter(model(tmp_path, tensors), write_adapter(tmp_path / "a", parts, lora_alpha=2))
+    a, b = (parts[f"{P}lm_head.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(value(opened.tensors["lm_head.weight"]), head + b @ a)
+    assert torch.equal(value(opened.tensors["model.embed.weight"]), rows)
+    recipe = write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "model", models=[{"model": tmp_path / "a"}])
+    with pytest.raises(cpimerge.IncompatibleError, match=rf"^{tmp_path / 'a'}: .*got float32 .12, 4."):
+        check(cpimerge.load_recipe(recipe))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from cpimerge.adapter_config import HARMLESS, USED, VARIANTS, AdapterConfig, read_config
+from cpimerge.checkpoint import is_unicode
 from cpimerge.errors import CheckpointError
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -77,17 +78,17 @@ def test_starts_that_change_the_base(tmp_path: Path, start: str, name: str) -> N
     assert problem.startswith(f"init_lora_weights: {name} changed the base's weights before training")
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_starts_that_do_not(tmp_path: Path, start: bool | str) -> None:
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_starts_that_do_not(tmp_path: Path, start: bool | str | None) -> None:
     read(tmp_path, init_lora_weights=start)
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     many = {"use_xyz": {"a": 1}, "init_lora_weights": "magic", "use_dora": "yes", "bias": "some", "r": 0}
-    many |= {"lora_alpha": True, "rank_pattern": {"q": 1.5}, "alpha_pattern": {"(": 1, "(?=x)": 2, "q" * 1001: 3}}
+    many |= {"lora_alpha": True, "rank_pattern": {"q": 1.5}, "alpha_pattern": {"(": 1, "(?=x)": 2, "q*" * 101: 3}}
     base = "Merge the adapter into its base"
     assert problems(tmp_path, **many) == [
-        f"use_xyz: not known, and it may change what the weights mean. {base} first",
+        f"'use_xyz': not known, and it may change what the weights mean. {base}",
         f"init_lora_weights: 'magic' is not known. {base}",
         "r must be a whole number from 1 on, got 0",
         "lora_alpha must be a number, got True",
@@ -96,7 +97,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         "rank_pattern must map at most 10000 names of modules to numbers, got {'q': 1.5}",
         "alpha_pattern: '(': not a regular expression that can be matched in bounded time",
         "alpha_pattern: '(?=x)': not a regular expression that can be matched in bounded time",
-        f"alpha_pattern: {repr('q' * 100)[:60]}…: longer than 1000 characters",
+        f"alpha_pattern: {repr('q*' * 50)[:60]}…: longer than 200 characters",
     ]
 
 
@@ -138,6 +139,7 @@ MODULES = [
 ]
 PATTERNS = [
     *("q_proj", "self_attn.q_proj", "^model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj", "^q_proj"),
+    *(r"layers\.0\.self_attn\.q_proj", r"^model\.layers.0.self_attn\.q_proj", r"q\.proj", "^self_attn.q_proj"),
     *(r".*\.layers\.(0|10)\..*", "q_proj|down_proj", "(k|q)_proj", "[a-q]+_proj", "layers.1.mlp.down_proj", "q.proj"),
 ]
 
@@ -159,8 +161,45 @@ def test_the_first_pattern_counts(order: list[str]) -> None:
         assert config.rank_of(module) == patterns.get(get_pattern_key(list(patterns), module), 8)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+b", "(.*a){20}b", "((a?){60}){60}b"])
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+b", "(.*a){20}b", "(a*)*b"])
 def test_hostile_patterns_do_not_take_forever(tmp_path: Path, pattern: str) -> None:
     begin = time.monotonic()
     assert read(tmp_path, rank_pattern={pattern: 3}).rank_of("a" * 900) == 8
     assert time.monotonic() - begin < 20  # Python's own expressions would take years
+
+
+@pytest.mark.parametrize("pattern", ["((a?){60}){60}b", r"(\w{2}){900}", "\ud800", "[", "(?=a)", "(a{1000}){1000}"])
+def test_patterns_that_are_refused(tmp_path: Path, pattern: str) -> None:
+    assert problems(tmp_path, rank_pattern={pattern: 3}) == [
+        f"rank_pattern: {pattern!r}: not a regular expression that can be matched in bounded time"
+    ]
+
+
+def test_a_pattern_for_every_module_is_usual_and_many_expressions_are_not(tmp_path: Path) -> None:
+    names = {f"^model.layers.{layer}.mlp.{part}": 1 + layer for layer in range(900) for part in ("up", "down")}
+    config = read(tmp_path, rank_pattern=names)
+    assert [config.rank_of(f"model.layers.{layer}.mlp.down") for layer in (0, 17, 899)] == [1, 18, 900]
+    assert problems(tmp_path, rank_pattern={f"(a|b){number}": 1 for number in range(33)}) == [
+        "rank_pattern: 33 regular expressions; at most 32 are matched. Name modules instead"
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(USED | HARMLESS | VARIANTS.keys())) | st.text(max_size=5), JSON))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_it(tmp_path: Path, config: dict[str, Any]) -> None:
+    """It is read, or refused in words."""
+    told: tuple[str, ...] = ()
+    try:
+        found = read(tmp_path, **config)
+        assert found.rank_of("x") > 0
+        assert math.isfinite(found.scale_of("x"))
+    except CheckpointError as error:
+        told = error.problems or ("",)
+    assert all(problem and is_unicode(problem) for problem in told)
