@@ -20,6 +20,7 @@ import cpimerge
 from cpimerge.plan_file import JoinedToken, Vocabulary
 from cpimerge.union_tokenizer import union_edits
 
+ADAPTER = "adapter_model.safetensors"
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -242,6 +243,36 @@ def test_the_rows_of_an_experts_own_tokens(tmp_path: Path, trained: Path) -> Non
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "one")]
     ours, theirs = (torch.tensor([tokenizer.encode(TEXT)]) for tokenizer in tokenizers)
     assert torch.equal(out(ours).logits, one(theirs).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_that_brings_tokens(tmp_path: Path, trained: Path) -> None:
+    """PEFT saves the embeddings with it where their number changed, and so the trainer does its tokenizer."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoTokenizer
+
+    save_models(tmp_path, trained, tie=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    llama = load(tmp_path / "base")
+    llama.resize_token_embeddings(len(tokenizer))
+    adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "lora")
+    file = write_recipe(
+        tmp_path / "recipe.yml",
+        base_model=tmp_path / "base",
+        models=[{"model": tmp_path / "lora"}, {"model": tmp_path / "two"}],
+        parameters={"density": 0, "space": "delta"},
+        vocabulary="union",
+    )
+    cpimerge.merge(file, tmp_path / "out", threads=1)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    n = len(AutoTokenizer.from_pretrained(tmp_path / "base"))
+    assert [again.convert_tokens_to_ids(token) for token in ("<think>", "<tool>", "日本")] == [n, n + 1, n + 2]
+    fused, saved = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "lora" / ADAPTER)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        # Only the adapter has the token: the base has its row, too, and every other model the base's.
+        assert torch.equal(fused[name][n], saved[f"base_model.model.{name}"][n])
 
 
 def test_the_core_of_the_tests_is_a_vocabulary() -> None:
