@@ -17,7 +17,7 @@ from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined] # documented there, not declared
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -245,15 +245,23 @@ def _prepare(api: HfApi, destination: Destination, upload: Upload) -> str:
         raise OutputError(
             f"{url}: is there already, and public. Make it private on the Hub first, or give another name"
         )
-    if revision is not None:
-        api.create_branch(name, branch=revision, exist_ok=True)
-    there = set(api.list_repo_files(name, revision=revision)) - upload.files.keys()
+    there = _listed(api, name, revision) - upload.files.keys()
     if weights := [] if destination.force else sorted(_weights(there)):
         raise OutputError(
             f"{url}: holds {', '.join(weights)}, which would stay beside the new weights. "
-            "Give another name or --revision, or --force to delete all that the output lacks"
+            "Give another name, or --force to delete all that the output lacks"
         )
+    if revision is not None:
+        api.create_branch(name, branch=revision, exist_ok=True)
     return url
+
+
+def _listed(api: HfApi, name: str, revision: str | None) -> set[str]:
+    """The files of a branch; those of the main one where it is not there yet, since it begins with them."""
+    try:
+        return set(api.list_repo_files(name, revision=revision))
+    except RevisionNotFoundError:
+        return set(api.list_repo_files(name))
 
 
 def _compare(api: HfApi, destination: Destination, upload: Upload, sha256: Mapping[str, str], commit: str) -> None:

@@ -306,12 +306,16 @@ def test_other_weights_there(out: Path, hub: UploadHub) -> None:
     hub.repositories[NAME] = Repository(False, {"main": dict(old)})
     problem = (
         f"{hub.url}/{NAME}: holds model.safetensors, which would stay beside the new weights. "
-        "Give another name or --revision, or --force to delete all that the output lacks"
+        "Give another name, or --force to delete all that the output lacks"
     )
     assert refused(lambda: cpimerge.push(out, NAME)) == [problem]
     assert hub.repositories[NAME].branches == {"main": old}
+    assert refused(lambda: cpimerge.push(out, NAME, revision="new")) == [problem]  # it begins with what main has
+    assert hub.repositories[NAME].branches == {"main": old}
+    cpimerge.push(out, NAME, revision="new", force=True)
+    assert hub.repositories[NAME].branches == {"main": old, "new": contents(out)}
     cpimerge.push(out, NAME, force=True)
-    assert hub.repositories[NAME].branches == {"main": contents(out)}
+    assert hub.repositories[NAME].branches == {"main": contents(out), "new": contents(out)}
 
 
 def test_other_files_there_stay(out: Path, hub: UploadHub) -> None:
