@@ -39,7 +39,10 @@ ALLOWED = {
     ("torch.storage", "UntypedStorage"),
 }
 STORAGE_OR_DTYPE = re.compile(r"[A-Z][A-Za-z0-9]*Storage|(?:b?float|u?int|complex|bool)[a-z0-9_]*")
-NEVER = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # other ways to name things, which torch.save does not use
+# Other ways to name things or to have them twice, which torch.save does not use.
+NEVER = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "DUP", "GET", "PUT", "MEMOIZE"}
+PUTS, GETS = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
+CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 # torch's dtypes as safetensors spells them.
 DTYPES = {
     **{"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32"},
@@ -165,17 +168,25 @@ def _is_plain(info: zipfile.ZipInfo) -> bool:
 
 
 def _forbidden(file: Path, pickle: bytes) -> Iterator[str]:
-    """A problem for each thing that the pickle names and no state dict needs. Nothing is unpickled for it."""
-    seen: set[str] = set()
+    """A problem for each thing that the pickle names or does and no state dict needs. Nothing is unpickled for it."""
+    seen: set[Any] = set()
+    containers: set[Any] = set()  # places in the pickle's memory
+    before, last = "", ""  # the operations, memorising left out
     try:
         for operation, argument, _ in pickletools.genops(pickle):
-            if operation.name in NEVER:
-                yield f"{file}: its pickle has {operation.name}, which torch.save does not write. {CONVERT}"
+            name = operation.name
+            if name in NEVER or (name in GETS and argument in containers):
+                what = name if name in NEVER else "one list in two places"  # of lists of lists: endless
+                yield f"{file}: its pickle has {what}, which no state dict saved as usual has. {CONVERT}"
                 return
-            if operation.name == "GLOBAL" and argument not in seen:
-                seen.add(str(argument))
+            if name in PUTS and (last in CONTAINERS or (last == "REDUCE" and before in ("EMPTY_TUPLE", "TUPLE1"))):
+                containers.add(argument)
+            if name == "GLOBAL" and argument not in seen:
+                seen.add(argument)
                 if fault := _global_fault(str(argument)):
                     yield f"{file}: {fault}"
+            if name not in PUTS:
+                before, last = last, name
     except (ValueError, RecursionError) as error:
         yield f"{file}: its pickle is damaged: {_line(error)}. {AGAIN}"
 
