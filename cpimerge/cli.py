@@ -181,7 +181,8 @@ DOWNLOAD = click.option(
     "--download",
     type=click.Choice(DOWNLOADS),
     help="Fetch models from the Hugging Face Hub into its cache (also without a value: --download); or stream "
-    "them: fetch pieces as they are read and delete them again. Default: touch no network.",
+    "them: fetch pieces as they are read and delete them again, with about two layers of each model on the disk at a "
+    "time. Default: touch no network.",
 )
 WORK_OPTIONS = (
     THREADS,

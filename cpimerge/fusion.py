@@ -23,7 +23,7 @@ from .cores import CoreReader
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
-from .models import Locate, locate, open_model
+from .models import Locate, Located, locate, open_model
 from .needs import check_disk
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary
 from .stream import (
@@ -91,9 +91,10 @@ def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
     """
     checkpoints: dict[str, Checkpoint] = {}
     changed: list[str] = []
+    located = _locate_all(plan, find)
     for planned in plan.inputs:
         try:
-            checkpoint = open_model(find(planned.reference, planned.name == "base"), checkpoints.get("base"))
+            checkpoint = open_model(located[planned.name], checkpoints.get("base"))
         except CheckpointError as error:
             changed.extend(error.problems)
             continue
@@ -110,6 +111,20 @@ def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
     if {tensor.name: tensor.shape for tensor in plan.tensors} != base:
         raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
     return checkpoints
+
+
+def _locate_all(plan: Plan, find: Locate) -> dict[str, Located]:
+    """Where the inputs are. Raises PlanError naming every model of the Hub that is not to be had."""
+    located: dict[str, Located] = {}
+    absent: list[str] = []
+    for planned in plan.inputs:
+        try:
+            located[planned.name] = find(planned.reference, planned.name == "base")
+        except CheckpointError as error:
+            absent.extend(error.problems)
+    if absent:
+        raise PlanError(absent)
+    return located
 
 
 def _in_one_vocabulary(planned: Vocabulary, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

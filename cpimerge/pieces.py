@@ -25,7 +25,7 @@ __all__ = ["StreamedTensor", "Weights", "travel_bytes"]
 
 PIECE_BYTES = 64_000_000
 ROOM_BYTES = 512_000_000  # for the pieces of one model, unless its largest layer needs more
-ROOM_LAYERS = 2  # what it then holds of these
+ROOM_LAYERS = 2  # what it then holds of these, and a piece: embedding, head and what else is outside the layers
 LAYER_PIECES = 8
 MOST_PIECES = 32  # of one model, each of which is an open file
 FETCH_BYTES = 24_000_000  # of memory, while a thread fetches: huggingface_hub passes on 10 MB at a time
@@ -119,7 +119,7 @@ class Weights:
         shards = tuple(shards)
         largest = _largest_layer(shards)
         most = max(PIECE_BYTES, largest // LAYER_PIECES)
-        self.room_bytes = max(ROOM_BYTES, ROOM_LAYERS * largest)
+        self.room_bytes = max(ROOM_BYTES, ROOM_LAYERS * largest + PIECE_BYTES)
         self.fetched_bytes = 0
         self._fetch = fetch
         self._directory = directory

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -156,21 +156,23 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.fail(*MISSING["file"])
             return
-        body = path.read_bytes()
-        size, status = len(body), 200
+        size, status, part = path.stat().st_size, 200, (0, path.stat().st_size)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
         if asked and trouble != "whole":
-            start, stop = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
-            body, status = body[start:stop], 206
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            part, status = (int(asked[1]), min(int(asked[2] or size - 1) + 1, size)), 206
+            headers["Content-Range"] = f"bytes {part[0]}-{part[1] - 1}/{size}"
+        with open(path, "rb") as opened:
+            opened.seek(part[0])
+            body = opened.read(part[1] - part[0]) if request.method == "GET" else b""
+        headers["Content-Length"] = str(part[1] - part[0])
         self.send(request, body, headers, status, trouble == "drop")
 
     def send(
         self, request: Request, body: bytes, headers: dict[str, str], status: int = 200, drop: bool = False
     ) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -197,6 +199,11 @@ def sibling(file: str, directory: Path) -> dict[str, Any]:
 
 def etag(path: Path) -> str:
     """As the Hub has it: a large file's sha256, a small one's git blob."""
+    return _etag(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _etag(path: Path, _: int) -> str:
     content = path.read_bytes()
     if path.name.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from checkpoints import write_json
 from click.testing import CliRunner
 from hub_models import LIMITS, contents, recipe, tensors
 from hub_server import Hub, Request, tree
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import cpimerge
 from cpimerge import cli, needs
@@ -145,6 +147,13 @@ def test_a_snapshot_without_any_weights_is_incomplete(published: Path, tmp_path:
     assert raised.value.problems[0] == (
         f"org/base: {Path(found).parent} is incomplete: it lacks its weights. Add --download to complete it"
     )
+
+
+def test_local_models_need_no_part_of_the_hub(from_directories: dict[str, bytes], tmp_path: Path) -> None:
+    code = "import sys; sys.modules['cpimerge.hub'] = None; import cpimerge; cpimerge.merge(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(tmp_path / "local.yml"), str(tmp_path / "out")]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert contents(tmp_path / "out") == from_directories
 
 
 # --- download ---------------------------------------------------------------------------------------
@@ -289,6 +298,31 @@ def test_a_hub_that_fails(published: Path, hub: Hub, tmp_path: Path, status: int
     shown = run("plan", published, "--download", "-o", tmp_path / "plan").splitlines()
     assert len(shown) == 3
     assert all(text in line for line in shown)
+
+
+def test_a_hub_that_does_not_answer(published: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def wait(request: Request) -> int:
+        over.wait(20)
+        return 500
+
+    hub.trouble = wait
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    shown = run("plan", published, "--download", "-o", tmp_path / "plan").splitlines()
+    over.set()
+    assert len(shown) == 3
+    assert all(re.search(r"cannot be fetched from http\S+: .*timed out\. Check the network", line) for line in shown)
+
+
+def test_a_disk_that_fills_up(published: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(file_download, "http_get", full)
+    assert run("plan", published, "--download", "-o", tmp_path / "plan").splitlines()[0] == (
+        "error: org/base: model.safetensors.index.json: the disk is full. Free some space, or use --download stream"
+    )
 
 
 def test_no_network_at_all(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,8 @@ def test_every_read_gives_the_bytes_of_the_file(
         assert read(tensor, start, stop - start) == source.raw[begin : begin + stop - start]
         kept = [part for part, held in weights._held.items() if held.file.done()]
         largest = max((part.stop - part.start for part in kept), default=0)
-        assert sum(part.stop - part.start for part in kept) <= max(room, largest)
+        assert sum(part.stop - part.start for part in kept) <= max(weights.room_bytes, largest)
+    assert weights.room_bytes == max(room, piece)
     assert weights.fetched_bytes == sum(map(len, source.fetched))
     assert all(len(part) <= piece for part in source.fetched)
     weights.close()
