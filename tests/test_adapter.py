@@ -399,3 +399,28 @@ def test_embeddings_saved_along_with_new_rows(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "model", models=[{"model": tmp_path / "a"}])
     with pytest.raises(cpimerge.IncompatibleError, match=rf"^{tmp_path / 'a'}: .*got float32 .12, 4."):
         check(cpimerge.load_recipe(recipe))
+
+
+def test_embeddings_and_head_that_were_trained_as_one(tmp_path: Path) -> None:
+    """PEFT's ensure_weight_tying: one update, which is saved for both sides, each with the weight under it."""
+    base = model(tmp_path, tie_word_embeddings=True)
+    a, b = noise(2, 10), noise(4, 2)
+    weight = MODEL["model.embed.weight"]
+    parts = {
+        f"{P}model.embed.base_layer.weight": weight,
+        f"{P}model.embed.lora_embedding_A": a,
+        f"{P}model.embed.lora_embedding_B": b,
+        f"{P}lm_head.base_layer.weight": weight.clone(),
+        f"{P}lm_head.lora_A.weight": b.T.contiguous(),
+        f"{P}lm_head.lora_B.weight": a.T.contiguous(),
+    }
+    adapter = write_adapter(tmp_path / "a", parts, ensure_weight_tying=True)
+    found = values(open_adapter(base, adapter))
+    assert torch.equal(found["lm_head.weight"], found["model.embed.weight"])
+    assert not torch.equal(found["lm_head.weight"], weight)
+    recipe = write_recipe(tmp_path / "recipe.yml", base_model=base.path, models=[{"model": adapter}])
+    plan = cpimerge.plan(recipe, tmp_path / "plan")
+    copy = (
+        f"{adapter}: lm_head.weight is a copy of model.embed.weight; the base has no such copy, and the output has none"
+    )
+    assert copy in plan.notes
