@@ -9,7 +9,7 @@ import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from .token_relations import NOWHERE, split_rows
 if TYPE_CHECKING:
     from .stream import Floats
 
-__all__ = ["MeanRows", "MovedRows", "Part", "Runs"]
+__all__ = ["MeanRows", "MovedRows", "Runs"]
 
 PIECE = 1 << 14  # elements that are converted at a time
 
@@ -90,32 +90,26 @@ class MovedRows(Tensor):
             _store(values, self.dtype, piece)
 
 
-class Part:
-    """A model that has tokens which the base lacks: its tensor, and its row for each such row of the output."""
-
-    def __init__(self, source: Tensor, rows: Mapping[int, int]) -> None:
-        self.source = source
-        self.rows = rows
-
-
 @dataclass(frozen=True, slots=True)
 class MeanRows(Tensor):
-    """For each row the mean of those parts that have it: added up in float32 in their order, rounded once.
+    """For each row the mean of those `sources` that have it: added up in float32 in their order, rounded once.
 
-    Only rows that some part has may be read.
+    `places`: for each source, row -> the source's row. Only rows that one of them has may be read.
     """
 
     rows: int
-    parts: tuple[Part, ...]
+    sources: tuple[Tensor, ...]
+    places: tuple[Mapping[int, int], ...] = field(compare=False)
 
     @property
     def scratch_bytes(self) -> int:
-        return 16 * PIECE + max(part.source.scratch_bytes for part in self.parts)
+        return 16 * PIECE + max(source.scratch_bytes for source in self.sources)
 
     @classmethod
-    def like(cls, tensor: Tensor, rows: int, parts: tuple[Part, ...]) -> MeanRows:
-        """Of the tensor's dtype and row, with `rows` rows."""
-        return cls(*_outline(tensor, rows), rows, parts)
+    def like(cls, tensor: Tensor, rows: int, parts: Sequence[tuple[Tensor, Mapping[int, int]]]) -> MeanRows:
+        """Of the tensor's dtype and row, with `rows` rows; `parts` are the sources with their places."""
+        sources, places = zip(*parts, strict=True)
+        return cls(*_outline(tensor, rows), rows, sources, places)
 
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """As for every `Tensor`."""
@@ -131,11 +125,12 @@ class MeanRows(Tensor):
 
     def _mean(self, row: int, column: int, size: int, handles: Handles) -> Floats:
         row_size = self.elements // self.rows
-        having = [part for part in self.parts if row in part.rows]
+        parts = zip(self.sources, self.places, strict=True)
+        having = [(source, places[row]) for source, places in parts if row in places]
         total = np.zeros(size, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # not finite is found where the inputs are looked at
-            for part in having:
-                total += _floats(part.source, part.rows[row] * row_size + column, size, handles)
+            for source, place in having:
+                total += _floats(source, place * row_size + column, size, handles)
             return total / np.float32(len(having))
 
 

@@ -222,17 +222,21 @@ class _Union:
 
 def _move(tensor: str, tensors: Mapping[str, dict[str, Tensor]], union: _Union, runs: Mapping[str, Runs]) -> None:
     """Replace one tensor in every model that has it, by one in the rows of the output."""
-    from .token_rows import MeanRows, MovedRows, Part
+    from .token_rows import MeanRows, MovedRows
 
     having = {name: own[tensor] for name, own in tensors.items() if tensor in own}
     base = having.pop("base")
     fallback = base
     if union.new:
         extras = {name: union.relations[name].extra for name in having if name in union.relations}
-        parts = (
-            Part(having[name], {union.new[token]: extra[token] for token in extra}) for name, extra in extras.items()
-        )
-        means = MeanRows.like(base, union.rows, tuple(part for part in parts if part.rows))
+        parts = [
+            (having[name], {union.new[token]: row for token, row in extra.items()})
+            for name, extra in extras.items()
+            if extra
+        ]
+        if not parts:
+            return  # the models with more tokens lack the tensor, which is a problem of its own
+        means = MeanRows.like(base, union.rows, parts)
         fallback = tensors["base"][tensor] = MovedRows.of(base, runs["base"], means)
     for name, info in having.items():
         if not (runs[name].is_identity and info.shape == fallback.shape):

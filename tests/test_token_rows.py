@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cpimerge.checkpoint import Handles, Tensor
 from cpimerge.models import Located, open_model
-from cpimerge.token_rows import PIECE, MeanRows, MovedRows, Part, Runs
+from cpimerge.token_rows import PIECE, MeanRows, MovedRows, Runs
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,7 +75,7 @@ def test_means(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     wide = PIECE + 3
     values = [torch.randn(2, wide).to(each) for each in FLOATS]
-    parts = tuple(Part(stored(tmp_path, str(n), value), {5: 1, 4 + 2 * (n % 2): 0}) for n, value in enumerate(values))
+    parts = tuple((stored(tmp_path, str(n), value), {5: 1, 4 + 2 * (n % 2): 0}) for n, value in enumerate(values))
     base = stored(tmp_path, "base", torch.zeros(4, wide, dtype=dtype))
     mean = MeanRows.like(base, 7, parts)
     assert mean.shape == (7, wide)
@@ -94,8 +94,8 @@ def test_means(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_what_is_not_finite_stays_so(tmp_path: Path) -> None:
     """It is the inputs' error, found where they are looked at."""
-    part = Part(stored(tmp_path, "a", torch.tensor([[float("nan"), float("inf"), 1.0], [0, 0, 0]])), {2: 0})
-    mean = MeanRows.like(stored(tmp_path, "base", torch.zeros(2, 3, dtype=torch.bfloat16)), 3, (part,))
+    part = (stored(tmp_path, "a", torch.tensor([[float("nan"), float("inf"), 1.0], [0, 0, 0]])), {2: 0})
+    mean = MeanRows.like(stored(tmp_path, "base", torch.zeros(2, 3, dtype=torch.bfloat16)), 3, [part])
     buffer = bytearray(6)
     mean.read_into(memoryview(buffer), 12, Handles(4))
     found = torch.frombuffer(buffer, dtype=torch.bfloat16)
@@ -104,7 +104,7 @@ def test_what_is_not_finite_stays_so(tmp_path: Path) -> None:
 
 def test_scratch_is_what_reading_takes(tmp_path: Path) -> None:
     base = stored(tmp_path, "base", torch.zeros(4, 8))
-    mean = MeanRows.like(base, 5, (Part(base, {4: 0}),))
+    mean = MeanRows.like(base, 5, [(base, {4: 0})])
     moved = MovedRows.of(base, Runs([0, 1, 2, 3, -1]), mean)
     assert mean.scratch_bytes == 16 * PIECE
     assert moved.scratch_bytes >= mean.scratch_bytes

@@ -13,6 +13,8 @@ import torch
 import vocabularies
 from checkpoints import write_json, write_recipe
 from files import stored_bytes
+from hub_models import contents
+from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ import cpimerge
 from cpimerge.checkpoint import Checkpoint, StoredTensor
 from cpimerge.errors import CpimergeError, IncompatibleError, PlanError
 from cpimerge.models import Located, open_model
+from cpimerge.needs import Needs
 from cpimerge.plan_file import Plan
 from cpimerge.vocabulary import Settled, settle
 
@@ -183,6 +186,21 @@ def test_same_bytes_for_every_thread_count(tmp_path: Path) -> None:
     for threads in (1, 3):
         cpimerge.merge(file, tmp_path / f"out{threads}", threads=threads)
     assert tree(tmp_path / "out1") == tree(tmp_path / "out3")
+
+
+def test_models_that_are_streamed(hub: Hub, tmp_path: Path) -> None:
+    """What travels for rows that come from another model is announced, too."""
+    local = recipe(tmp_path / "local", MODELS, "union")
+    for name in MODELS:
+        hub.add(f"org/{name}", tmp_path / "local" / name)
+    text = local.read_text(encoding="utf-8").replace("model: ", "model: org/")
+    (tmp_path / "recipe.yml").write_text(text, encoding="utf-8")
+    needs: list[Needs] = []
+    cpimerge.merge(tmp_path / "recipe.yml", tmp_path / "out", threads=1, download="stream", announce=needs.append)
+    cpimerge.merge(local, tmp_path / "out-local", threads=1)
+    streamed, expected = (contents(tmp_path / place) for place in ("out", "out-local"))
+    assert streamed == expected
+    assert needs[0].plan_travel_bytes == sum(tensor.nbytes for it in MODELS.values() for tensor in it.tensors.values())
 
 
 def test_the_mean_of_mergekit(tmp_path: Path) -> None:
@@ -445,6 +463,15 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     larger = opened(tmp_path / "larger", {**models, "one": model(added(), 7, 1)})
     (tmp_path / "larger" / "one" / "tokenizer.json").write_text("[]", encoding="utf-8")
     assert settle(larger, None).damaged == [damaged.replace(f"{tmp_path}/", f"{tmp_path}/larger/")]
+
+
+@pytest.mark.parametrize("mode", ["base", "union"])
+def test_a_model_without_one_of_the_tensors(tmp_path: Path, mode: str) -> None:
+    one = model(added("<x>"), 6, 1)
+    one = Model(one.names, {name: tensor for name, tensor in one.tensors.items() if name != HEAD_BIAS})
+    found = problems(tmp_path, mode, base=model(added(), 5, 0), one=one, two=model(added(), 5, 2))
+    assert len(found) == 1
+    assert found[0].startswith("one: tensor 'final_logits_bias': missing, though base has it. ")
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
