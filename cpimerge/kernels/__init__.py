@@ -16,6 +16,7 @@ order, W = ⌈n/64⌉ words of 64 elements, U open elements.
     singles     many small tensors in one go: their thresholds, and all that follows
     bitsets     cores as bits: positions and overlaps
     mixing      the write of `fuse`: the blend
+    lowrank     an adapter's update, added to a weight as it is read
 """
 
 from contextlib import suppress
