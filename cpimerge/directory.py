@@ -109,7 +109,7 @@ def _files(path: Path, form: _Format, weight_map: Mapping[str, str], problems: l
 def _why_no_weights(path: Path) -> str:
     """What `path` is instead of a checkpoint, and the way out."""
     if not path.exists():
-        return f"{path}: no such directory. Models must be on this disk: download it first and give its path"
+        return f"{path}: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name"
     if not path.is_dir():
         return f"{path}: not a directory. Give the directory that holds {WEIGHTS}"
     if (path / "adapter_config.json").exists():

@@ -341,7 +341,7 @@ ONE, TWO = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 FILES: dict[str, tuple[Spoil, list[str]]] = {
     "missing": (
         lambda home: shutil.rmtree(home / "math"),
-        ["math: no such directory. Models must be on this disk: download it first and give its path"],
+        ["math: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name"],
     ),
     "empty": (
         lambda home: empty(home / "math"),
@@ -1068,7 +1068,7 @@ CHANGED: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "checkpoint gone": (
         lambda home: shutil.rmtree(home / "math"),
-        ["math: no such directory. Models must be on this disk: download it first and give its path"],
+        ["math: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name"],
     ),
     "damaged": (
         lambda home: (home / WEIGHTS).write_bytes(b""),
