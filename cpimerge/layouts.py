@@ -6,6 +6,7 @@ is renamed or taken apart for a merge: what looks alike need not be.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -139,25 +140,28 @@ def _at(parts: Sequence[str], place: int, wanted: Names) -> bool:
 
 
 def _renamed(base: Checkpoint, other: Checkpoint, changes: tuple[Change, ...], pairs: Mapping[str, str]) -> str:
-    ours, theirs = next(iter(pairs.items()))
-    shown = (repr(theirs), repr(ours))
-    if len(changes) == 1 and _is_prefix(changes[0], pairs):
-        shown = (repr(_prefixed(changes[0][1])), repr(_prefixed(changes[0][0])))
-    elif len(changes) == 1:
-        shown = (f"{'.'.join(changes[0][1])!r}", f"{'.'.join(changes[0][0])!r}")
-        return (
-            f"{other.where}: {len(pairs)} tensors have {shown[0]} in their names where {base.path} has {shown[1]}, "
-            f"such as {theirs!r}. {ONE_MODEL}"
-        )
-    return f"{other.where}: {len(pairs)} tensors are called {shown[0]} where {base.path} has {shown[1]}. {ONE_MODEL}"
+    theirs, ours = next((target, name) for name, target in pairs.items())
+    said = f"are called {theirs!r} where {base.path} has {ours!r}"
+    if len(changes) == 1:
+        before, after = changes[0]
+        if all(_at(name.split("."), 0, before) for name in pairs):
+            shared = _shared(name.split(".")[len(before) :] for name in pairs)
+            said = f"are called {_called(after, shared)} where {base.path} has {_called(before, shared)}"
+        else:
+            there, here = ".".join(after), ".".join(before)
+            said = f"have {there!r} in their names where {base.path} has {here!r}, such as {theirs!r}"
+    return f"{other.where}: {len(pairs)} tensors {said}. {ONE_MODEL}"
 
 
-def _is_prefix(change: Change, pairs: Mapping[str, str]) -> bool:
-    return all(_at(name.split("."), 0, change[0]) for name in pairs)
+def _shared(names: Iterable[list[str]]) -> Names:
+    """The parts that all names begin with."""
+    ordered = sorted(names)
+    together = zip(ordered[0], ordered[-1], strict=False)  # what first and last have in common, all have
+    return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
 
 
-def _prefixed(parts: Names) -> str:
-    return ".".join((*parts, "X"))
+def _called(prefix: Names, shared: Iterable[str]) -> str:
+    return repr(".".join((*prefix, *shared, "X")))
 
 
 # --- other pieces -----------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_many_layers_and_experts(tmp_path: Path) -> None:
         f"model.{name}": torch.zeros(1) for name in (f"layers.{n}.experts.{e}.w" for n in range(60) for e in range(256))
     }
     assert compared(tmp_path, base, renamed(base, lambda name: f"text.{name}")) == [
-        "other: 15360 tensors are called 'text.X' where base has 'X'. " + ONE_MODEL
+        "other: 15360 tensors are called 'text.model.layers.X' where base has 'model.layers.X'. " + ONE_MODEL
     ]
 
 
