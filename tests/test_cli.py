@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 from trees import files
 
 import cpimerge
-from cpimerge import api, cli
+from cpimerge import api, cli, screen
 from cpimerge.needs import Needs
 from cpimerge.plan_file import Plan
 from cpimerge.report import plan_report, plan_summary, render
@@ -33,12 +33,12 @@ from cpimerge.report import plan_report, plan_summary, render
 TASKS = ("math", "code", "chat")
 INTERRUPT_SELF = """
 import os, signal, sys
-from cpimerge import cli
+from cpimerge import cli, screen
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
 def interrupt(phase, done, total):
     if phase == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGINT)
-cli._lines = lambda: interrupt
+screen._lines = lambda: interrupt
 cli.main(sys.argv[2:])
 """
 REPORT_MODULES = """
@@ -353,7 +353,7 @@ def test_every_command_has_the_common_options(command: str) -> None:
 
 
 def test_progress_is_a_line_for_every_tenth_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    update = cli._lines()
+    update = screen._lines()
     for done in (0, 5, 10, 11, 29, 30, 99, 100, 100):
         update("plan", done * 10, 1000)
     update("fuse", 0, 0)
@@ -379,7 +379,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_with_rate_and_time_left_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with cli.Screen(quiet=False, as_json=False, debug=False).progress() as update:
+    with screen.Screen(quiet=False, as_json=False, debug=False).progress() as update:
         update("plan", 0, 2000)
         update("plan", 1000, 2000)
         update("plan", 2000, 2000)
@@ -514,7 +514,7 @@ def test_a_locale_without_the_characters_is_no_reason_to_fail(models: Path, tmp_
     assert "? ½ ulp" in result.stdout
 
 
-def test_only_cli_and_report_know_of_terminals() -> None:
+def test_only_cli_screen_and_report_know_of_terminals() -> None:
     """DESIGN: the library is silent; a callback tells of progress."""
     package = Path(cpimerge.__file__).parent
     found = {
@@ -523,5 +523,5 @@ def test_only_cli_and_report_know_of_terminals() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("click", "rich", "tqdm")
     }
-    assert found <= {"cli", "report", "report_inspect"}
+    assert found <= {"cli", "report", "report_inspect", "screen"}
     assert isinstance(cli.main, click.Group)

@@ -1,0 +1,148 @@
+"""What a command shows on the terminal: results, progress, and errors as lines."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TextIO
+
+import click
+
+from .budget import format_size
+from .errors import CpimergeError, OutputError
+
+__all__ = ["Screen"]
+
+MAX_SHOWN_PROBLEMS = 100
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+NORMAL_COLUMNS, NORMAL_ROWS = 80, 24
+
+Progress = Callable[[str, int, int], None]
+
+
+class Screen:
+    """What the user sees: results on stdout, all else on stderr. `as_json`: one JSON document on stdout, no more."""
+
+    def __init__(self, quiet: bool, as_json: bool, debug: bool) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+        self.debug = debug
+
+    def show(self, *renderables: Any) -> None:
+        """Print results for people."""
+        if self.quiet or self.as_json:
+            return
+        from .report import render
+
+        terminal = sys.stdout.isatty()
+        _write(render(renderables, _columns(sys.stdout) if terminal else None, terminal))
+
+    def data(self, result: Any) -> None:
+        """Print the result for machines."""
+        if self.as_json:
+            _write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def tell(self, line: str) -> None:
+        """Print a line of progress."""
+        if not self.quiet:
+            click.echo(line, err=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A callback for the library: a bar a phase on a terminal, plain lines otherwise, nothing when quiet."""
+        if self.quiet:
+            yield lambda phase, done, total: None
+        elif sys.stderr.isatty():
+            with _bars() as update:
+                yield update
+        else:
+            yield _lines()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Whatever is raised becomes lines on stderr and an exit code; --debug adds where it came from."""
+        try:
+            yield
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except CpimergeError as error:
+            self._fail(error.problems)
+        except KeyboardInterrupt:
+            self._fail(["interrupted"], INTERRUPTED)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self._fail([f"unexpected {what}. Please report this, with what --debug shows"])
+
+    def _fail(self, problems: Sequence[str], code: int = 1) -> None:
+        from .report import printable
+
+        if self.debug:
+            traceback.print_exc()
+        for problem in problems[:MAX_SHOWN_PROBLEMS]:
+            click.echo(f"error: {printable(problem)}", err=True)
+        if len(problems) > MAX_SHOWN_PROBLEMS:
+            click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+        with suppress(OutputError):  # it may be the very problem
+            self.data({"errors": list(problems)})
+        sys.exit(code)
+
+
+def _write(text: str) -> None:
+    """To stdout. Nobody reading it any more is no reason to stop the work: the rest goes nowhere."""
+    try:
+        click.echo(text, nl=False)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also what Python still has to flush
+        os.close(nowhere)
+        if error.errno != errno.EPIPE:
+            raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def _columns(terminal: TextIO) -> int:
+    """Its width; the usual one where it does not say, as some that were made by a program do not."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or NORMAL_COLUMNS
+    except OSError:
+        return NORMAL_COLUMNS
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """A bar for the phase at hand, with rate and time left; it goes when the phase ends."""
+    from tqdm import tqdm
+
+    new_bar = partial(tqdm, unit="B", unit_scale=True, leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS)
+    bars: dict[str, Any] = {}
+
+    def update(phase: str, done: int, total: int) -> None:
+        if phase not in bars:
+            bars[phase] = new_bar(total=total, desc=phase)
+        bars[phase].update(done - bars[phase].n)
+        if done >= total:
+            bars[phase].close()
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _lines() -> Progress:
+    """A line for every tenth of a phase."""
+    shown: dict[str, int] = {}
+
+    def update(phase: str, done: int, total: int) -> None:
+        tenths = 10 * done // total if total else 10
+        if tenths > shown.get(phase, 0):
+            shown[phase] = tenths
+            click.echo(f"{phase}: {10 * tenths}% of {format_size(total)}", err=True)
+
+    return update
