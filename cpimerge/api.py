@@ -51,8 +51,8 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     never fall and end equal. Both are called on the calling thread, and what they raise ends the run.
 
     `download` decides on models that the recipe names as on the Hugging Face Hub: None takes what its cache has and
-    leaves the network alone; "cache" first fetches what the cache lacks (phase "download"); "stream" fetches pieces of
-    the weights as they are read and deletes them again.
+    leaves the network alone; "cache" first fetches what the cache lacks (phase "download", told on a thread of Xet's
+    where the Hub uses that); "stream" fetches pieces of the weights as they are read and deletes them again.
 
     Returns what `plan.json` holds. Raises a `CpimergeError` listing every problem, before any tensor is read where
     headers show it. `out` appears when all of it is on disk.

@@ -65,9 +65,7 @@ class Streams:
         if path not in self._weights:
             listing = next(iter(remote.values()))[0]
             self._weights[path] = Weights(partial(fetch_part, listing), self._directory, checkpoint.shards)
-            from .needs import check_disk
-
-            check_disk(self.room_bytes, self._directory)
+            _check_disk(self.room_bytes, self._directory)
         streamed = partial(_streamed, self._weights[path])
         return replace(checkpoint, tensors={name: streamed(info) for name, info in checkpoint.tensors.items()})
 
@@ -87,20 +85,33 @@ class Streams:
 
     def _fetch(self, listing: Listing) -> Path:
         """All but the weights, and their headers."""
+        shards = [file for file in listing.files if _is_streamed(file, listing)]
+        whole = [file for file in listing.files if file not in shards]
+        if pickled := [file.name for file in whole if file.name.startswith("pytorch_model")]:
+            raise CheckpointError(
+                f"{listing.model}: its weights are {pickled[0]}, which cannot be streamed. "
+                "Use --download without stream"
+            )
+        _check_disk(sum(file.size for file in whole), self._directory)
         snapshot = self._directory / f"models--{listing.model.name.replace('/', '--')}" / "snapshots" / listing.commit
         snapshot.mkdir(parents=True, exist_ok=True)
-        is_adapter = any(file.name == ADAPTER_CONFIG for file in listing.files)
-        for file in listing.files:
-            if file.name.endswith(".safetensors") and "/" not in file.name and not is_adapter:
-                self._remote[_header(listing, file, snapshot)] = listing, file
-            elif file.name.startswith("pytorch_model") and file.name.endswith(".bin"):
-                raise CheckpointError(
-                    f"{listing.model}: its weights are {file.name}, which cannot be streamed. "
-                    "Use --download without stream"
-                )
-            else:
-                fetch(listing, file.name, cache=self._directory)
+        for file in whole:
+            fetch(listing, file.name, cache=self._directory)
+        for file in shards:
+            self._remote[_header(listing, file, snapshot)] = listing, file
         return snapshot
+
+
+def _is_streamed(file: RemoteFile, listing: Listing) -> bool:
+    """A model's own weights are; an adapter and the weights of modules in folders are small."""
+    is_adapter = any(other.name == ADAPTER_CONFIG for other in listing.files)
+    return file.name.endswith(".safetensors") and "/" not in file.name and not is_adapter
+
+
+def _check_disk(needed: int, directory: Path) -> None:
+    from .needs import check_disk  # with numba, which models on this disk need not wait for
+
+    check_disk(needed, directory)
 
 
 def _header(listing: Listing, file: RemoteFile, snapshot: Path) -> Path:
