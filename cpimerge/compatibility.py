@@ -11,7 +11,7 @@ from .checkpoint import CONFIG, FLOAT_NAMES, HEADS, REFUSED_BYTES, Checkpoint, T
 from .layouts import compare_layouts
 from .plan_file import Vocabulary
 
-__all__ = ["HEADS", "differences", "notes"]
+__all__ = ["differences", "notes"]
 
 # Keys of config.json that may differ without any effect on what the weights mean.
 COSMETIC_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
@@ -65,8 +65,8 @@ def _mismatch(base: Checkpoint, other: Checkpoint, name: str) -> str:
     named = any(word in name for word in EMBEDDINGS) and "position" not in name
     if expected.shape[1:] == got.shape[1:] and named:
         return where + (
-            "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or give "
-            f"it {expected.shape[0]} rows again (transformers: resize_token_embeddings)"
+            "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or "
+            f"give it {expected.shape[0]} rows again (transformers: resize_token_embeddings)"
         )
     return where + "It is no fine-tune of this base as it stands"
 

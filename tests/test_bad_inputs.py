@@ -516,8 +516,8 @@ def test_damaged_directories(home: Path, case: str) -> None:
 
 TIED = {"tie_word_embeddings": True}
 BASE_ROWS = (
-    "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or give it 6 rows "
-    "again (transformers: resize_token_embeddings)"
+    "If rows are tokens: tokenizer.json, and vocab_size in config.json, tell which. Put them into both, or give it 6 "
+    "rows again (transformers: resize_token_embeddings)"
 )
 
 
