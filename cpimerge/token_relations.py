@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Tensor, layer_of
 from .errors import IncompatibleError
-from .tokenizer_files import Flags, TokenizerFiles, Tokens, find_tokenizer, read_tokens
+from .tokenizer_files import MAX_ID, Flags, TokenizerFiles, Tokens, find_tokenizer, read_tokens
 from .vocabulary_text import Difference, unexplained
 
 __all__ = ["NOWHERE", "Base", "Relation", "is_resized", "relate", "split_rows", "vocab_sizes"]
@@ -47,7 +47,8 @@ class Base:
     @cached_property
     def rows(self) -> int | None:
         """Rows of the vocabulary's tensors; None where it cannot be told."""
-        held = {name: _row_count(info) for name, info in self._floats.items() if len(info.shape) > 1}
+        every = {name: _row_count(info) for name, info in self._floats.items() if len(info.shape) > 1}
+        held = {name: count for name, count in every.items() if count <= MAX_ID}
         sizes = [size for size in vocab_sizes(self.checkpoint.config, 0) if size in held.values()]
         if sizes or self.files is None:
             return sizes[0] if sizes else None  # the outermost speaks of the model as a whole

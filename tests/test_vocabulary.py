@@ -11,8 +11,9 @@ import mergekit_oracle
 import pytest
 import torch
 import vocabularies
+import yaml
 from checkpoints import write_json, write_recipe
-from files import stored_bytes
+from files import stored_bytes, write_raw
 from hub_models import contents
 from hub_server import Hub
 from hypothesis import given, settings
@@ -171,14 +172,58 @@ def test_a_merge_is_that_of_models_in_one_vocabulary(tmp_path: Path, mode: str, 
     experts = {name: it for name, it in MODELS.items() if name != "base"}
     apart = recipe(tmp_path / "apart", MODELS, mode, granularity=granularity)
     alike = vocabularies.aligned(MODELS["base"], experts, mode)
-    together = recipe(tmp_path / "together", alike, granularity=granularity)
-    for name in alike:  # the tokens are the same, and so should the files be
-        (tmp_path / "together" / name / "tokenizer.json").unlink()
+    together = write_alike(tmp_path / "together", alike, granularity=granularity)
     for place, file in (("apart", apart), ("together", together)):
         cpimerge.merge(file, tmp_path / place / "out", threads=1)
     ours, theirs = (tmp_path / place / "out" / "model.safetensors" for place in ("apart", "together"))
     assert ours.read_bytes() == theirs.read_bytes()
     assert load_file(ours)[EMBEDDING].shape == (8, 3) == MODELS["base"].tensors[EMBEDDING].shape
+
+
+@pytest.mark.parametrize("mode", ["base", "union"])
+def test_large_embeddings_in_another_order(tmp_path: Path, mode: str) -> None:
+    """Of several chunks, of which a sample is read first; half of the added tokens have other ids."""
+    many = [f"<{n}>" for n in range(3000)]
+    mixed = [many[n] if n % 2 else many[-1 - n - 1] for n in range(2000)]
+    models = {
+        "base": model(added(*many), 3010, 0, torch.bfloat16, width=150),
+        "one": model(added(*mixed, "<x>"), 2006, 1, torch.bfloat16, width=150),
+        "two": model(added(*many[:2500], "<y>", "<x>"), 2600, 2, torch.float32, width=150),
+    }
+    experts = {name: it for name, it in models.items() if name != "base"}
+    apart = recipe(tmp_path / "apart", models, mode)
+    alike = vocabularies.aligned(models["base"], experts, mode)
+    together = write_alike(tmp_path / "together", alike)
+    cpimerge.merge(apart, tmp_path / "apart" / "out", threads=2)
+    cpimerge.merge(together, tmp_path / "together" / "out", threads=2)
+    ours, theirs = (tmp_path / place / "out" / "model.safetensors" for place in ("apart", "together"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def write_alike(directory: Path, models: Mapping[str, Model], **parameters: Any) -> Path:
+    """The tokens are the same, and so should the files be: there are none."""
+    file = recipe(directory, models, **parameters)
+    for name in models:
+        (directory / name / "tokenizer.json").unlink()
+    return file
+
+
+def test_a_backbone_with_tokens_of_its_own(tmp_path: Path) -> None:
+    """It is a model like the others, and the last of them."""
+    models = {"base": MODELS["base"], "one": MODELS["one"], "backbone": model(added("<b>", "<y>", "<z>"), 9, 4)}
+    alike = vocabularies.aligned(models["base"], {name: models[name] for name in ("one", "backbone")}, "union")
+    outs = []
+    for place, (every, mode) in {"apart": (models, "union"), "together": (alike, None)}.items():
+        file = recipe(tmp_path / place, every, mode, backbone=f"{tmp_path}/{place}/backbone")
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content["models"] = [entry for entry in content["models"] if entry["model"] == "one"]
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        if mode is None:
+            for name in every:
+                (tmp_path / place / name / "tokenizer.json").unlink()
+        cpimerge.merge(file, tmp_path / place / "out", threads=1)
+        outs.append((tmp_path / place / "out" / "model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
 
 
 def test_same_bytes_for_every_thread_count(tmp_path: Path) -> None:
@@ -531,6 +576,20 @@ def test_where_no_config_says_the_size_names_do(tmp_path: Path) -> None:
         f"{tmp_path}/base: config.json has no vocab_size of 5, which vocabulary: union would make 6. Write it there, "
         "or write vocabulary: base"
     ]
+
+
+def test_more_rows_than_any_vocabulary_has(tmp_path: Path) -> None:
+    """They cost nothing in a file where a row is empty; they are not listed."""
+    models = {}
+    for seed, (name, token) in enumerate({"base": "<p>", "one": "<x>"}.items()):
+        header = {"embed": {"dtype": "F32", "shape": [1 << 40, 0], "data_offsets": [0, 0]}}
+        write_raw(tmp_path / name / "model.safetensors", header)
+        write_json(tmp_path / name / "config.json", {"vocab_size": 1 << 40})
+        content = vocabularies.tokenizer(model(added(token), 6, seed))
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        models[name] = open_model(Located(tmp_path / name), None)
+    assert settle(models, None).problems[0].startswith(f"{tmp_path}/one: its tokens are not those of {tmp_path}/base: ")
+    assert "which tensors have a row a token cannot be told" in settle(models, "union").problems[0]
 
 
 def test_where_nothing_tells_the_size(tmp_path: Path) -> None:

@@ -38,10 +38,12 @@ class Model:
         return next((row for row, name in self.names.items() if name == token and row < self.rows), None)
 
 
-def model(names: Mapping[int, str], rows: int, seed: int, dtype: torch.dtype = torch.float32, **more: Any) -> Model:
+def model(
+    names: Mapping[int, str], rows: int, seed: int, dtype: torch.dtype = torch.float32, *, width: int = 3, **more: Any
+) -> Model:
     """Random numbers in all tensors."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {EMBEDDING: (rows, 3), HEAD_BIAS: (1, rows), BLOCK: (2, 4)}
+    shapes = {EMBEDDING: (rows, width), HEAD_BIAS: (1, rows), BLOCK: (2, 4)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return Model(names, tensors, **more)
 
