@@ -210,10 +210,8 @@ def list_model(model: HubModel, whole: bool, cache: Path | None = None) -> Listi
 
 def _needed(listing: Listing, whole: bool, read: Callable[[str], Path]) -> list[str]:
     names = {file.name for file in listing.files}
-    found = adapter_files(names)
-    if not found:
-        index = next((name for name in weights(names) if name in INDEXES), None)
-        found = weights(names, _shards(read(index)) if index else ())
+    index = next((name for name in weights(names) if name in INDEXES), None)
+    found = weights(names, _shards(read(index)) if index else ()) + adapter_files(names)
     if not found:
         raise CheckpointError(
             f"{listing.model}: has no weights as safetensors or pytorch_model.bin on the Hub. "

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 
-from .checkpoint import CONFIG, INDEX, WEIGHTS
+from .adapter_config import ADAPTER_CONFIG
+from .checkpoint import CONFIG
 from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM
+from .directory import CHECKPOINT_FILES, FORMATS
 
-__all__ = ["INDEXES", "adapter_files", "companions", "is_small", "weights"]
+__all__ = ["ADAPTER_FORMS", "INDEXES", "adapter_files", "companions", "is_small", "weights"]
 
 # Single files and the indexes of sharded ones, in the order in which they are preferred.
-FORMS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+FORMS = tuple((form.weights, form.index) for form in FORMATS)
 INDEXES = tuple(index for _, index in FORMS)
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FORMS = ("adapter_model.safetensors", "adapter_model.bin")
 # What tells whether two models speak of the same things: configuration, tokens, chat template.
 DESCRIPTIONS = (
@@ -56,7 +57,7 @@ def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterato
         folder
         for name in names
         for folder, _, file in [name.rpartition("/")]
-        if folder and file in (WEIGHTS, INDEX, ADAPTER_CONFIG)
+        if folder and file in (*CHECKPOINT_FILES, ADAPTER_CONFIG)
     }
     for name in sorted(names):
         folder, _, file = name.rpartition("/")

@@ -18,7 +18,7 @@ from .checkpoint import MAX_HEADER_BYTES, Checkpoint, StoredTensor, Tensor, read
 from .directory import open_checkpoint
 from .errors import CheckpointError
 from .hub import Listing, RemoteFile, fetch, fetch_part, list_model
-from .hub_files import ADAPTER_CONFIG
+from .hub_files import ADAPTER_FORMS
 from .models import Located, locate_both
 from .pieces import StreamedTensor, Weights
 from .references import STREAMED, HubModel, Place, Reference
@@ -85,7 +85,7 @@ class Streams:
 
     def _fetch(self, listing: Listing) -> Path:
         """All but the weights, and their headers."""
-        shards = [file for file in listing.files if _is_streamed(file, listing)]
+        shards = [file for file in listing.files if _is_streamed(file)]
         whole = [file for file in listing.files if file not in shards]
         if pickled := [file.name for file in whole if file.name.startswith("pytorch_model")]:
             raise CheckpointError(
@@ -102,10 +102,9 @@ class Streams:
         return snapshot
 
 
-def _is_streamed(file: RemoteFile, listing: Listing) -> bool:
+def _is_streamed(file: RemoteFile) -> bool:
     """A model's own weights are; an adapter and the weights of modules in folders are small."""
-    is_adapter = any(other.name == ADAPTER_CONFIG for other in listing.files)
-    return file.name.endswith(".safetensors") and "/" not in file.name and not is_adapter
+    return file.name.endswith(".safetensors") and "/" not in file.name and file.name not in ADAPTER_FORMS
 
 
 def _check_disk(needed: int, directory: Path) -> None:
