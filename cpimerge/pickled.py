@@ -73,10 +73,12 @@ def read_pickled(file: Path) -> Shard:
         _check_kind(file, stream, size)
         with _as_problems(file):
             archive = _archive(file, stream, size)
-        problems = list(_forbidden(file, archive.pickle))
-        if problems:
-            raise CheckpointError(problems)
-        content, keys = _load(file, archive)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the file is; whether it will do is seen here
+            problems = list(_forbidden(file, archive.pickle))
+            if problems:
+                raise CheckpointError(problems)
+            content, keys = _load(file, archive)
         tensors: list[StoredTensor] = []
         for name, value in content.items():
             try:
@@ -217,8 +219,7 @@ def _load(file: Path, archive: _Archive) -> tuple[dict[Any, Any], dict[int, str]
         ) from error
     standin, keys = _standin(archive)
     try:
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what the file is; whether it will do is seen below
+        with FakeTensorMode():
             content = torch.load(standin, weights_only=True)
     except Exception as error:  # hostile input: whatever it makes of it, it was refused
         raise CheckpointError(f"{file}: PyTorch refuses it: {_line(error)}. {AGAIN}") from error

@@ -430,6 +430,12 @@ def test_damaged_bytes(place: int, byte: int, damage: str) -> None:
         check_verdict(file)
 
 
+def test_damage_that_python_warns_of(tmp_path: Path) -> None:
+    """Text with an unknown escape is refused without a warning (which is an error in these tests)."""
+    archive(tmp_path / "m", PLAIN | {"data.pkl": b"\x80\x02}S'\\8'\nK\x01s."})
+    assert len(refusals(tmp_path / "m")) == 1
+
+
 @given(st.integers(0, len(PLAIN["data.pkl"]) - 1), st.integers(0, 255))
 def test_damaged_pickles(place: int, byte: int) -> None:
     damaged = PLAIN["data.pkl"][:place] + bytes([byte]) + PLAIN["data.pkl"][place + 1 :]
