@@ -25,7 +25,17 @@ import xxhash
 
 from .errors import CheckpointError
 
-__all__ = ["MAX_ID", "Flags", "TokenizerFiles", "Tokens", "find_tokenizer", "read_tokens", "shown"]
+__all__ = [
+    "MAX_ID",
+    "Flags",
+    "TokenizerFiles",
+    "Tokens",
+    "added_entries",
+    "find_tokenizer",
+    "read_json",
+    "read_tokens",
+    "shown",
+]
 
 TOKENIZER = "tokenizer.json"
 VOCAB_JSON = "vocab.json"
@@ -100,10 +110,10 @@ def _extras(place: Path) -> dict[str, tuple[int, Flags]]:
     """What added_tokens.json and tokenizer_config.json say of added tokens."""
     extras: dict[str, tuple[int, Flags]] = {}
     added = place / ADDED_TOKENS
-    for token, number in (_read_json(added) if added.is_file() else {}).items():
+    for token, number in (read_json(added) if added.is_file() else {}).items():
         extras[token] = _id(added, token, number), _flags(added, token, {})
     config = place / TOKENIZER_CONFIG
-    decoder = _read_json(config).get("added_tokens_decoder") if config.is_file() else None
+    decoder = read_json(config).get("added_tokens_decoder") if config.is_file() else None
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         token, flags = _added(config, entry)
         extras[token] = _id(config, token, int(number) if len(number) < 11 and number.isdecimal() else number), flags
@@ -115,11 +125,11 @@ def read_tokens(files: TokenizerFiles) -> Tokens:
     file = files.core[0]
     added: dict[str, tuple[int, Flags]] = {}
     if file.name == TOKENIZER:
-        raw = _read_json(file)
+        raw = read_json(file)
         vocab, core = _model(file, raw.get("model"))
-        added = {token: (number, flags) for number, token, flags in _added_entries(file, raw.get("added_tokens"))}
+        added = {token: (number, flags) for number, token, flags in added_entries(file, raw.get("added_tokens"))}
     elif file.name == VOCAB_JSON:
-        vocab = _checked(file, _read_json(file))
+        vocab = _checked(file, read_json(file))
         merges = [line for line in _lines(files.core[1]) if line and not line.startswith("#version")]
         core = _core("BPE", vocab, merges)
     else:
@@ -160,7 +170,7 @@ def _checked(file: Path, vocab: dict[str, Any]) -> dict[str, int]:
     return vocab
 
 
-def _added_entries(file: Path, entries: Any) -> Iterator[tuple[int, str, Flags]]:
+def added_entries(file: Path, entries: Any) -> Iterator[tuple[int, str, Flags]]:
     """(id, token, flags) of each of tokenizer.json's `added_tokens`. Raises CheckpointError where one is no such."""
     if not isinstance(entries, list | None):
         raise CheckpointError(f"{file}: 'added_tokens' is not a list. {MEND}")
@@ -252,7 +262,7 @@ def _bytes(file: Path) -> bytes:
     return raw
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file holds none, OSError where it cannot be read."""
     try:
         value = json.loads(_text(file))
