@@ -33,9 +33,7 @@ class Section:
 
 
 SECTIONS = {
-    "main": Section(
-        main_section, 3, 12, "cpimerge beside cat, a flushed copy and mergekit; start-up; predictions"
-    ),
+    "main": Section(main_section, 3, 12, "cpimerge beside cat, a flushed copy and mergekit; start-up; predictions"),
     "scopes": Section(
         sections.scopes, 3, 4, "scope global, scope layer, granularity row, space delta beside the default"
     ),

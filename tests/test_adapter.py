@@ -22,6 +22,7 @@ from cpimerge.directory import open_checkpoint
 from cpimerge.errors import CheckpointError
 from cpimerge.models import Located, open_model
 from cpimerge.preflight import check
+from cpimerge.ties import judge
 
 P = "base_model.model."
 GENERATOR = torch.Generator().manual_seed(3)
@@ -424,3 +425,33 @@ def test_embeddings_and_head_that_were_trained_as_one(tmp_path: Path) -> None:
         f"{adapter}: lm_head.weight is a copy of model.embed.weight; the base has no such copy, and the output has none"
     )
     assert copy in plan.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("updated", [False, True])
+def test_a_tied_head_in_the_dtype_of_the_training(tmp_path: Path, dtype: torch.dtype, updated: bool) -> None:
+    """A bfloat16 model that was trained in float32: both copies are rounded to what the embeddings are in the model."""
+    base = model(tmp_path, {name: it.to(dtype) for name, it in MODEL.items()}, tie_word_embeddings=True)
+    weight, a, b = noise(12, 4), noise(2, 12), noise(4, 2)
+    parts = {f"{P}lm_head.base_layer.weight": weight, f"{P}model.embed.base_layer.weight": weight.clone()}
+    if updated:
+        parts |= {f"{P}model.embed.lora_embedding_A": a, f"{P}model.embed.lora_embedding_B": b}
+        parts |= {f"{P}lm_head.lora_A.weight": b.T.contiguous(), f"{P}lm_head.lora_B.weight": a.T.contiguous()}
+    adapter = write_adapter(tmp_path / "a", parts, r=2)
+    found = open_model(Located(adapter), base)
+    assert value(open_adapter(base, adapter).tensors["lm_head.weight"]).dtype == dtype
+    assert [(twins.kind, twins.copy.name) for twins in found.twins] == [("extra", "lm_head.weight")]
+    assert judge(base, [found])[0] == []
+
+
+def test_embeddings_that_were_trained_without_the_head_tied_to_them(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", {f"{P}model.embed.weight": noise(10, 4)})
+    tied = model(tmp_path, tie_word_embeddings=True)
+    assert open_adapter(tied, adapter).notes == (
+        f"{adapter}: has other embeddings but not the head, which {tied.path} ties to them: it changes with them, "
+        "though PEFT would keep the old one beside them",
+    )
+    untied = model(tmp_path / "untied", MODEL | {"lm_head.weight": noise(10, 4)}, tie_word_embeddings=False)
+    assert open_adapter(untied, adapter).notes == ()
+    both = {f"{P}{name}.weight": MODEL["model.embed.weight"] for name in ("model.embed", "lm_head")}
+    assert open_adapter(tied, write_adapter(tmp_path / "both", both)).notes == ()

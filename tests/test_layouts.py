@@ -73,6 +73,17 @@ RENAMINGS: dict[str, tuple[Callable[[str], str], list[str]]] = {
             f"'model.layers.0.self_attn.self.k_proj.weight'. {ONE_MODEL}"
         ],
     ),
+    "a part after the number": (  # as PyTorch's FSDP wraps layers
+        lambda name: re.sub(r"layers[.](\d+)[.]", r"layers.\1._checkpoint_wrapped_module.", name),
+        [
+            "other: 48 tensors have '*._checkpoint_wrapped_module' in their names where base has '*', such as "
+            f"'model.layers.0._checkpoint_wrapped_module.input_layernorm.weight'. {ONE_MODEL}"
+        ],
+    ),
+    "numbers at other places": (
+        lambda name: re.sub(r"layers[.](\d+)[.](\w+)", r"layers.\2.\1", name),
+        [],
+    ),
     "at the end, as the first BERT": (
         lambda name: name.replace("layernorm.weight", "layernorm.gamma"),
         [

@@ -97,6 +97,24 @@ SCHEMES: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         f"compressed-tensors (tensor '{LAYER}.weight_packed' in I32). {ORIGINAL}, or load it with transformers and "
         "CompressedTensorsConfig(dequantize=True), and save that",
     ),
+    "mlx": (
+        {
+            f"{LAYER}.weight": ints(torch.uint32, 4, 4),
+            f"{LAYER}.scales": torch.ones(4, 1),
+            f"{LAYER}.biases": torch.ones(4, 1),
+        },
+        {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+        f"MLX (tensor '{LAYER}.weight' in U32). {ORIGINAL}",
+    ),
+    "mlx without a config": (
+        {
+            f"{LAYER}.weight": ints(torch.uint32, 4, 4),
+            f"{LAYER}.scales": torch.ones(4, 1),
+            f"{LAYER}.biases": torch.ones(4, 1),
+        },
+        {},
+        f"MLX (tensor '{LAYER}.weight' in U32). {ORIGINAL}",
+    ),
     "hqq": (
         {f"{LAYER}.W_q": ints(torch.uint8, 4, 4), f"{LAYER}.scale": torch.ones(4)},
         {},

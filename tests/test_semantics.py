@@ -46,7 +46,10 @@ def small_chunks(elements: int) -> Iterator[None]:
 
 @contextmanager
 def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathered: int) -> Iterator[None]:
-    """Samples of so few elements that brackets are wide or wrong, and so little room that it is soon used up; for every tensor."""
+    """Samples of so few elements that brackets are wide or wrong, and so little room that it is soon used up.
+
+    For every tensor, however small.
+    """
     with (
         mock.patch.object(selection, "WHOLE", whole),
         mock.patch.object(selection, "RUN", run),
@@ -55,7 +58,7 @@ def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathe
         mock.patch.object(passes, "CROWDED", crowded),
         mock.patch.object(passes, "FEW", 0),
         mock.patch.object(analysis, "GATHERED", gathered),
-        mock.patch.object(analysis, "is_single", lambda *_: False),
+        mock.patch.object(analysis, "is_single", return_value=False),
     ):
         yield
 
