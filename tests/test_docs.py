@@ -186,6 +186,17 @@ def test_the_walk_starts_with_the_demo() -> None:
     assert f"```sh\n{DEMO}\n```" in section(WALK)
 
 
+# --- the map ----------------------------------------------------------------------------------------
+
+
+def test_the_map_has_every_module_once() -> None:
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    listed = [name for row in re.findall(r"^\|.*\|$", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    modules = {path.stem for path in (ROOT / "cpimerge").glob("*.py")} - {"__init__", "__main__"}
+    assert modules <= set(listed)
+    assert {name for name in listed if listed.count(name) > 1} <= {"plan", "fuse"}
+
+
 # --- links ------------------------------------------------------------------------------------------
 
 
