@@ -26,7 +26,7 @@ MAX_PARTS = 30  # of a name that is compared with others: no real name comes nea
 LISTED = 4  # names of one side that a line shows
 ONE_MODEL = "It is one model in two layouts: save both from the same class, with one version of transformers"
 
-Names = tuple[str, ...]  # parts of a name, between its dots
+Names = tuple[str, ...]  # parts of a name, between its dots; "*" is any number
 Change = tuple[Names, Names]  # these parts in the base, those in the other
 
 
@@ -102,8 +102,20 @@ def _changes(ours: str, theirs: str) -> tuple[Change, ...]:
     for kind, i, j, k, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind != "equal":
             back = 1 if i and k and (i == j or k == m) else 0
-            changes.append((tuple(a[i - back : j]), tuple(b[k - back : m])))
+            changes.append(_for_all_numbers(a[i - back : j], b[k - back : m]))
     return tuple(changes)
+
+
+def _for_all_numbers(before: Sequence[str], after: Sequence[str]) -> Change:
+    """The change in every layer, if it leaves the numbers as they are."""
+    if list(filter(_is_number, before)) != list(filter(_is_number, after)):
+        return tuple(before), tuple(after)
+    starred = [["*" if _is_number(part) else part for part in parts] for parts in (before, after)]
+    return tuple(starred[0]), tuple(starred[1])
+
+
+def _is_number(part: str) -> bool:
+    return re.fullmatch("[0-9]+", part) is not None
 
 
 def _pairs(
@@ -130,13 +142,17 @@ def _applied(changes: Iterable[Change], name: str) -> str | None:
         places = [0] if not count else [i for i in range(done, len(parts) - count + 1) if _at(parts, i, before)]
         if not places or (not count and done):
             return None
-        parts[places[0] : places[0] + count] = after
+        numbers = filter(_is_number, parts[places[0] : places[0] + count])
+        parts[places[0] : places[0] + count] = [next(numbers, part) if part == "*" else part for part in after]
         done = places[0] + len(after)
     return ".".join(parts)
 
 
 def _at(parts: Sequence[str], place: int, wanted: Names) -> bool:
-    return tuple(parts[place : place + len(wanted)]) == wanted
+    found = parts[place : place + len(wanted)]
+    return len(found) == len(wanted) and all(
+        part == want or (want == "*" and _is_number(part)) for part, want in zip(found, wanted, strict=True)
+    )
 
 
 def _renamed(base: Checkpoint, other: Checkpoint, changes: tuple[Change, ...], pairs: Mapping[str, str]) -> str:
