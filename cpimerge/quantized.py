@@ -29,7 +29,12 @@ MARKS = (
     (r"\.dense_weights$", "spqr"),
 )
 # ... and of others, beside the tensors that they scale.
-SCALES = ((r"\.SCB$", "bitsandbytes"), (r"\.weight_scale_inv$", "fp8"), (r"\.(weight|input)_scale$", ""))
+SCALES = (
+    (r"\.SCB$", "bitsandbytes"),
+    (r"\.weight_scale_inv$", "fp8"),
+    (r"\.biases$", "mlx"),
+    (r"\.(weight|input)_scale$", ""),
+)
 # What people call a scheme, where that is not its name in a config.
 TITLES = {
     "fp8": "FP8 with scales for blocks (as DeepSeek-V3)",
@@ -47,9 +52,11 @@ TITLES = {
     "bitnet": "BitNet",
     "quark": "Quark",
     "mxfp8": "MXFP8",
+    "mlx": "MLX",
     "fp_quant": "FP-Quant",
     "auto-round": "AutoRound",
 }
+UNNAMED = "of a kind it does not name"
 ORIGINAL = "Take the checkpoint in bfloat16 or float32 that it was made from"
 # Where transformers can turn it back into plain numbers when it loads it.
 DEQUANTIZE = {
@@ -98,9 +105,9 @@ def quantization(checkpoint: Checkpoint) -> str | None:
     if matrices:
         found += [scheme for pattern, scheme in SCALES if any(re.search(pattern, name) for name in checkpoint.tensors)]
     method = _method(checkpoint.config)
-    if method is not None and (found or matrices):
-        return method
-    return found[0] if found else None
+    if found and method in (None, UNNAMED):
+        return found[0]
+    return method if found or matrices else None
 
 
 def _codes(checkpoint: Checkpoint) -> list[str]:
@@ -127,7 +134,7 @@ def _method_of(found: Mapping[str, Any]) -> str:
     method = found.get("quant_method")
     if isinstance(method, str) and method:
         return shown(method)[1:-1]
-    return "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else "of a kind it does not name"
+    return "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else UNNAMED
 
 
 def _title(scheme: str, checkpoint: Checkpoint) -> str:
