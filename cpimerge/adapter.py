@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from .adapted import CastTensor, Kept
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_config
 from .adapter_update import OTHER_MODEL, Orientation, Update
-from .checkpoint import HEADS, Checkpoint, Shard, Tensor, collect, natural_key, read_header
+from .checkpoint import Checkpoint, Shard, Tensor, collect, layer_of, natural_key, read_header
 from .directory import CHECKPOINT_FILES
 from .errors import CheckpointError
 from .pickled import read_pickled
+from .ties import is_embedding, is_head
 
 __all__ = ["is_adapter", "open_adapter"]
 
@@ -98,7 +100,7 @@ class _Adapter:
         rename = self._renaming([f"{module}.weight" for module in modules] or list(replacements))
         tensors = dict(self.model.tensors)
         for name, tensor in replacements.items():
-            target = rename(name) if rename(name) in tensors else name
+            target = rename(name) if rename(name) in self.model.tensors else name
             tensors[target] = self._replacement(target, tensor)
         updates = [
             update
@@ -113,6 +115,8 @@ class _Adapter:
             else:
                 tensors[update.weight.name] = update.adapted(self.config, transposed, kept)
             self._shift(update, rename(f"{update.module}.bias"), tensors)
+        if self.model.ties_embeddings and not any(map(is_head, tensors)):
+            self._note_head({name for name in tensors if tensors[name] is not self.model.tensors.get(name)}, updates)
         return tensors
 
     def _sorted(self, tensors: Iterable[Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -178,10 +182,16 @@ class _Adapter:
 
     def _replacement(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the adapter in the place of the model's, in the model's dtype, as PEFT loads it."""
-        there = self.model.tensors.get(name)
+        there = self.model.tensors.get(name) or self._embeddings.get(tensor.shape[1:])
         if there is None or there.dtype == tensor.dtype or not (there.is_float and tensor.is_float):
             return replace(tensor, name=name)
         return CastTensor(name, there.dtype, tensor.shape, tensor.elements * there.item_bytes, tensor)
+
+    @cached_property
+    def _embeddings(self) -> Mapping[tuple[int, ...], Tensor]:
+        """What the model has in the place of a head that is tied: by the size of a row, as rows may be more."""
+        outside = (it for name, it in self.model.tensors.items() if is_embedding(name) and not layer_of(name))
+        return {it.shape[1:]: it for it in outside if len(it.shape) > 1}
 
     def _update(self, module: str, parts: Parts, weight: Tensor | None) -> Update | None:
         """The module's update; None where there is a problem with it."""
@@ -202,18 +212,23 @@ class _Adapter:
         faults = list(update.faults(self.config))
         for fault in faults:
             self.problem(*fault)
-        if embedding and self.model.ties_embeddings and not any(map(self._has_head, self.model.tensors)):
+        return None if faults else update
+
+    def _note_head(self, changed: Collection[str], updates: Collection[Update]) -> None:
+        """What becomes of a head that is tied to embeddings which the adapter changes, where it has no head itself."""
+        if any(update.embedding for update in updates):
             self.notes.append(
                 f"{self.directory}: updates the embeddings, to which {self.model.path} ties its head: "
                 "the head changes with them, as where PEFT merges"
             )
-        return None if faults else update
-
-    def _has_head(self, name: str) -> bool:
-        return name.removesuffix(".weight").rsplit(".", 1)[-1] in HEADS
+        elif any(is_embedding(name) and not layer_of(name) for name in changed):
+            self.notes.append(
+                f"{self.directory}: has other embeddings but not the head, which {self.model.path} ties to them: "
+                "it changes with them, though PEFT would keep the old one beside them"
+            )
 
     def _why_no_weight(self, module: str) -> str:
-        if self._has_head(module) and self.model.ties_embeddings:
+        if is_head(module) and self.model.tied is not False:
             return (
                 f"updates a head that {self.model.path} ties to its embeddings, and no tied model is equal to what was "
                 "trained. Save the model untied (transformers: tie_word_embeddings=False)"

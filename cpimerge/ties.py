@@ -14,7 +14,7 @@ from typing import Literal
 
 from .checkpoint import HEADS, Checkpoint, Handles, StoredTensor, Tensor, layer_of, natural_key
 
-__all__ = ["Twins", "copies_in", "first_difference", "is_head", "judge", "onto"]
+__all__ = ["Twins", "copies_in", "first_difference", "is_embedding", "is_head", "judge", "onto"]
 
 EMBEDDINGS = ("embed", "wte", "shared")
 PIECE_BYTES = 1 << 22  # compared at a time
@@ -38,6 +38,11 @@ class Twins:
 def is_head(name: str) -> bool:
     """Whether it is called like the layer that gives a model's output."""
     return name.removesuffix(".weight").rsplit(".", 1)[-1] in HEADS
+
+
+def is_embedding(name: str) -> bool:
+    """Whether it is called like what heads are tied to."""
+    return name.endswith("weight") and any(word in name for word in EMBEDDINGS) and "position" not in name
 
 
 def onto(base: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -126,15 +131,11 @@ def _is_bias(name: str) -> bool:
 
 def _is_original(name: str) -> bool:
     """Whether heads are tied to what is called like this."""
-    return _is_bias(name) or (_is_embedding(name) and not is_head(name))
+    return _is_bias(name) or (is_embedding(name) and not is_head(name))
 
 
 def _is_copy(name: str) -> bool:
-    return is_head(name.removesuffix(".bias")) or _is_embedding(name)
-
-
-def _is_embedding(name: str) -> bool:
-    return name.endswith("weight") and any(word in name for word in EMBEDDINGS) and "position" not in name
+    return is_head(name.removesuffix(".bias")) or is_embedding(name)
 
 
 def judge(base: Checkpoint, others: Iterable[Checkpoint]) -> tuple[list[str], list[str]]:
