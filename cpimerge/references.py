@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["HubModel", "Place", "Reference", "parse_reference", "planned_path", "planned_place"]
+__all__ = ["HubModel", "Place", "Reference", "is_cached", "parse_reference", "planned_path", "planned_place"]
 
 # `org/name`, perhaps `@revision`. What begins with a dot, a slash or a tilde is a path.
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -61,7 +61,9 @@ class Reference:
 def parse_reference(text: str, directory: Path) -> Reference:
     """A reference as written in a recipe whose relative paths are relative to `directory`."""
     model, _, adapter = text.partition("+")
-    return Reference(_place(model, directory), _place(adapter, directory) if adapter else None)
+    if not model or not adapter:  # a directory that is called so
+        return Reference(_place(text, directory))
+    return Reference(_place(model, directory), _place(adapter, directory))
 
 
 def _place(text: str, directory: Path) -> Place:
@@ -85,6 +87,11 @@ def planned_place(text: str) -> Place:
     if found := SNAPSHOT.search(text):
         return Place(Path(text), HubModel(_name(found), found["commit"]))
     return _place(text, Path("/"))
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a directory is a model in a cache of the Hub's, which need not have all of its files."""
+    return SNAPSHOT.search(path.as_posix()) is not None and planned_path(path) == str(path)
 
 
 def _name(found: re.Match[str]) -> str:

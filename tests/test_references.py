@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cpimerge.references import HubModel, Place, parse_reference, planned_path, planned_place
+from cpimerge.references import HubModel, Place, Reference, parse_reference, planned_path, planned_place
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,6 +31,11 @@ def test_what_may_be_a_model_on_the_hub(text: str, hub: HubModel | None, tmp_pat
     place = parse_reference(text, tmp_path).model
     assert place.hub == hub
     assert place.is_local == (hub is None)
+
+
+@pytest.mark.parametrize("text", ["model+", "+model", "+", "org/model+"])
+def test_half_a_pair_is_a_directory_of_that_name(text: str, tmp_path: Path) -> None:
+    assert parse_reference(text, tmp_path) == Reference(Place(tmp_path / text))
 
 
 def test_a_directory_of_that_name_comes_first(tmp_path: Path) -> None:
