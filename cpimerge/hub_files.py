@@ -10,17 +10,15 @@ from .checkpoint import CONFIG
 from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM
 from .directory import CHECKPOINT_FILES, FORMATS
 
-__all__ = ["ADAPTER_FORMS", "INDEXES", "adapter_files", "companions", "is_small", "weights"]
+__all__ = ["ADAPTER_FORMS", "INDEXES", "adapter_files", "companions", "is_small", "is_tokenizer", "weights"]
 
 # Single files and the indexes of sharded ones, in the order in which they are preferred.
 FORMS = tuple((form.weights, form.index) for form in FORMATS)
 INDEXES = tuple(index for _, index in FORMS)
 ADAPTER_FORMS = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "*.tiktoken")
 # What tells whether two models speak of the same things: configuration, tokens, chat template.
-DESCRIPTIONS = (
-    *(CONFIG, "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("spiece.model", "sentencepiece*", "*.tiktoken", "chat_template*"),
-)
+DESCRIPTIONS = (CONFIG, *TOKENIZER, "added_tokens.json", "special_tokens_map.json", "chat_template*")
 
 
 def weights(names: Collection[str], shards: Iterable[str] = ()) -> list[str]:
@@ -46,6 +44,11 @@ def adapter_files(names: Collection[str]) -> list[str]:
 def is_small(name: str) -> bool:
     """Whether the file describes an expert: it is compared with the base's."""
     return "/" not in name and _matches(name, DESCRIPTIONS)
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether the file is one of those that a tokenizer is saved in."""
+    return _matches(name, TOKENIZER)
 
 
 def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterator[str]:

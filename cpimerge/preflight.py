@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,12 +22,14 @@ from .companions import module_weights, unreadable
 from .compatibility import differences, notes
 from .depths import positions, side_problems, slice_problems
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
+from .hub_files import is_tokenizer
 from .models import Locate, locate, open_model
 from .plan_file import Vocabulary
 from .quantized import quantization, refused, stale_config
 from .recipe import Recipe, Setting, Task, matches
-from .references import Reference
+from .references import Reference, is_cached
 from .ties import copies_in, judge
+from .token_relations import vocab_sizes
 from .vocabulary import Settled, settle
 
 __all__ = ["Inputs", "TensorSpec", "check", "pools", "references_of"]
@@ -193,6 +196,17 @@ def _check_base(base: Checkpoint, recipe: Recipe, findings: _Findings) -> None:
         findings.notes.extend(
             f"{file}: weights of another module, which are not merged; the output takes the base's"
             for file in module_weights(base.path)
+        )
+        findings.notes.extend(_without_tokenizer(base))
+
+
+def _without_tokenizer(base: Checkpoint) -> Iterator[str]:
+    """A note where the output gets no tokenizer because only the model itself was ever loaded from the Hub."""
+    is_text = any(vocab_sizes(base.config, 0))
+    if is_text and is_cached(base.path) and not any(map(is_tokenizer, os.listdir(base.path))):
+        yield (
+            f"{base.path}: the Hugging Face cache has no tokenizer of it, so the output gets none. "
+            "Add --download to have it, if the Hub does"
         )
 
 

@@ -149,6 +149,29 @@ def test_a_snapshot_without_any_weights_is_incomplete(published: Path, tmp_path:
     )
 
 
+NO_TOKENIZER = (
+    "{}: the Hugging Face cache has no tokenizer of it, so the output gets none. Add --download to have it, "
+    "if the Hub does"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "noted"), [({"text_config": {"vocab_size": 64}}, True), ({"hidden_size": 32}, False)]
+)
+def test_a_base_without_its_tokenizer_is_noted(
+    published: Path, tmp_path: Path, config: dict[str, Any], noted: bool
+) -> None:
+    """As the cache has it after transformers loaded the model alone."""
+    write_json(tmp_path / "hub" / "base" / "config.json", config)
+    for name in ("math", "code"):
+        huggingface_hub.snapshot_download(f"org/{name}")
+    found = huggingface_hub.snapshot_download("org/base", allow_patterns=["model*", "config.json"])
+    notes = cpimerge.plan(published, tmp_path / "plan", **LIMITS).notes
+    assert (NO_TOKENIZER.format(found) in notes) == noted
+    notes = cpimerge.plan(published, tmp_path / "plan", force=True, download="cache", **LIMITS).notes
+    assert NO_TOKENIZER.format(found) not in notes
+
+
 def test_local_models_need_no_part_of_the_hub(from_directories: dict[str, bytes], tmp_path: Path) -> None:
     code = "import sys; sys.modules['cpimerge.hub'] = None; import cpimerge; cpimerge.merge(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(tmp_path / "local.yml"), str(tmp_path / "out")]
