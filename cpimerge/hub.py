@@ -11,7 +11,7 @@ import json
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # exported when asked for
 
+from .checkpoint import shown
 from .companions import MODULES, is_weights
 from .errors import CheckpointError
 from .hub_files import INDEXES, adapter_files, companions, is_small, weights
@@ -211,15 +212,26 @@ def list_model(model: HubModel, whole: bool, cache: Path | None = None) -> Listi
 def _needed(listing: Listing, whole: bool, read: Callable[[str], Path]) -> list[str]:
     names = {file.name for file in listing.files}
     index = next((name for name in weights(names) if name in INDEXES), None)
-    found = weights(names, _shards(read(index)) if index else ()) + adapter_files(names)
-    if not found:
+    shards = set(_shards(read(index))) if index else set()
+    if absent := sorted(shards - names):
         raise CheckpointError(
-            f"{listing.model}: has no weights as safetensors or pytorch_model.bin on the Hub. "
-            "Give the model that it was made from"
+            f"{listing.model}: its {index} names {_first(absent)}, which the Hub does not have. "
+            "Give another revision of it, or another model"
+        )
+    found = weights(names, shards) + adapter_files(names)
+    if not found:
+        others = sorted(filter(is_weights, names))
+        raise CheckpointError(
+            f"{listing.model}: has no weights as safetensors or pytorch_model.bin on the Hub"
+            f"{f', only {_first(others)}' if others else ''}. Give the model that it was made from"
         )
     modules = _folders(read(MODULES)) if whole and MODULES in names else ()
     others = companions(names, modules) if whole else filter(is_small, names)
     return sorted({*found, *others})
+
+
+def _first(names: Sequence[str]) -> str:
+    return shown(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _folders(modules: Path) -> list[str]:

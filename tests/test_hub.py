@@ -299,10 +299,27 @@ def test_every_model_that_cannot_be_had_is_named_at_once(published: Path, hub: H
         "error: org/absent: the Hub has no such model, or it is private. Correct the name, or log in with "
         "`hf auth login`",
         "error: org/math@nowhere: the Hub has no revision 'nowhere' of it. Give a branch, tag or commit",
-        "error: org/empty: has no weights as safetensors or pytorch_model.bin on the Hub. Give the model that it was "
-        "made from",
+        "error: org/empty: has no weights as safetensors or pytorch_model.bin on the Hub, only 'model.gguf'. "
+        "Give the model that it was made from",
     ]
     assert hub.fetched(".safetensors") == []
+
+
+@pytest.mark.parametrize("download", ["cache", "stream"])
+@pytest.mark.parametrize("absent", ["model-00009-of-00009.safetensors", "../../secret", "a\nb"])
+def test_an_index_of_files_that_the_hub_lacks(
+    published: Path, hub: Hub, tmp_path: Path, download: str, absent: str
+) -> None:
+    """Said before any of its weights are fetched, and not as something that --download would mend."""
+    index = tmp_path / "hub" / "math" / "model.safetensors.index.json"
+    content = json.loads(index.read_bytes())
+    content["weight_map"]["lm_head.weight"] = absent
+    write_json(index, content)
+    assert run("plan", published, "--download", download, "-o", tmp_path / "plan") == (
+        f"error: org/math: its model.safetensors.index.json names {absent!r}, which the Hub does not have. "
+        "Give another revision of it, or another model\n"
+    )
+    assert not [r for r in hub.requests if r.path.startswith("/org/math/") and r.path.endswith(".safetensors")]
 
 
 def test_a_gated_model_says_where_to_ask(published: Path, hub: Hub, tmp_path: Path) -> None:
