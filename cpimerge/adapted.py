@@ -56,7 +56,7 @@ class AdaptedTensor(Tensor):
         right = 12 * padded * self.update.columns
         lengths = 0
         if self.update.magnitude is not None:
-            rows = 1 if self.update.transposed else min(self.elements, BLOCK) // self.update.columns + 2
+            rows = 1 if self.update.transposed else min(self.elements, BLOCK) // max(1, self.update.columns) + 2
             lengths = left + BLOCK * (self.item_bytes + 4) + 8 * 64 * rows + (32 + 4 * KEPT) * self.update.columns
         return self.base.scratch_bytes + left + right + 8 * BLOCK + lengths
 

@@ -87,7 +87,9 @@ class Update:
                 yield Fault(self.a.name, f"has no {part} beside it, though {key} is set. Complete the adapter")
             elif tensor is not None and not wanted:
                 yield Fault(tensor.name, f"is of no use without {key} in {ADAPTER_CONFIG}. Save the adapter again")
-            elif tensor is not None and not {tensor.elements, *tensor.shape} <= {self.b.shape[0], 1}:
+            elif tensor is not None and not (
+                tensor.elements == self.b.shape[0] and tensor.elements in (*tensor.shape, 1)
+            ):
                 shape = f"expected {self.b.shape[0]} elements, got {list(tensor.shape)}"
                 yield Fault(tensor.name, f"{shape}. {OTHER_MODEL}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .adapter import is_adapter, open_adapter
+from .adapter_config import ADAPTER_CONFIG
 from .checkpoint import Checkpoint
 from .directory import open_checkpoint
 from .errors import CheckpointError
@@ -104,10 +106,18 @@ def _open(located: Located, base: Checkpoint | None) -> Checkpoint:
         same = base is not None and base.adapter is None and base.path == located.path
         return open_adapter(base if base is not None and same else located.open(located.path), located.adapter)
     if not is_adapter(located.path):
-        return located.open(located.path)
+        return _noted(located.open(located.path))
     if base is None or base.adapter is not None:
         raise CheckpointError(
             f"{located.path}: holds an adapter, and the recipe's base is no model that it could lie on. "
             "Say on which model it was trained: model+adapter"
         )
     return open_adapter(base, located.path)
+
+
+def _noted(model: Checkpoint) -> Checkpoint:
+    """A full model, with a note where an adapter was saved beside it: other tools may take that instead."""
+    if not os.path.isfile(model.path / ADAPTER_CONFIG):
+        return model
+    note = f"{model.path}: holds an adapter, too, which is not merged, as there is a full model beside it"
+    return replace(model, notes=(*model.notes, note))

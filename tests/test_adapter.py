@@ -200,6 +200,11 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
             ["lora_magnitude_vector': expected 6 elements, got [4]. Was the adapter trained on another model?"],
         ),
         (
+            factors("model.layers.0.q") | {f"{P}model.layers.0.q.lora_magnitude_vector": noise(1)},
+            {"use_dora": True},
+            ["lora_magnitude_vector': expected 6 elements, got [1]. Was the adapter trained on another model?"],
+        ),
+        (
             factors("model.layers.1.q") | {f"{P}model.layers.1.q.lora_B.bias": noise(6)},
             {"lora_bias": True},
             [f"lora_B.bias': needs a bias 'model.layers.1.q.bias' [6] in MODEL. {OTHER_MODEL}"],
@@ -216,7 +221,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         ),
         ({}, {}, ["the adapter holds no tensors. Complete the download"]),
     ],
-    ids=["missing", "magnitude", "bias", "not-a-layer", "twice", "empty"],
+    ids=["missing", "magnitude", "one-magnitude", "bias", "not-a-layer", "twice", "empty"],
 )
 def test_single_faults(
     tmp_path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], expected: list[str]
@@ -281,6 +286,16 @@ def test_damaged_weights(tmp_path: Path, cut: int) -> None:
     assert problems(model(tmp_path), file.parent)[0].startswith("adapter_model.safetensors: incomplete")
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5)])
+def test_a_weight_without_elements(tmp_path: Path, shape: tuple[int, int]) -> None:
+    base = model(tmp_path, MODEL | {"none.weight": torch.empty(shape)})
+    parts = factors("none", *shape) | {f"{P}none.lora_magnitude_vector": noise(shape[0])}
+    adapter = write_adapter(tmp_path / "a", parts, use_dora=True)
+    recipe = write_recipe(tmp_path / "recipe.yml", base_model=base.path, models=[{"model": adapter}])
+    cpimerge.merge(recipe, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["none.weight"].shape == shape
+
+
 # --- as a recipe's models ---------------------------------------------------------------------------
 
 
@@ -295,7 +310,9 @@ def test_opening_what_a_recipe_names(tmp_path: Path) -> None:
         assert (opened.path, opened.adapter) == (base.path, adapter)
         assert opened.tensors.keys() == base.tensors.keys()
     shutil.copy(base.path / "model.safetensors", adapter)  # merged, with the adapter left beside it
-    assert open_model(Located(adapter), base).adapter is None
+    both = open_model(Located(adapter), base)
+    assert both.adapter is None
+    assert both.notes == (f"{adapter}: holds an adapter, too, which is not merged, as there is a full model beside it",)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
