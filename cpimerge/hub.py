@@ -220,10 +220,10 @@ def _needed(listing: Listing, whole: bool, read: Callable[[str], Path]) -> list[
         )
     found = weights(names, shards) + adapter_files(names)
     if not found:
-        others = sorted(filter(is_weights, names))
+        unread = sorted(filter(is_weights, names))
         raise CheckpointError(
             f"{listing.model}: has no weights as safetensors or pytorch_model.bin on the Hub"
-            f"{f', only {_first(others)}' if others else ''}. Give the model that it was made from"
+            f"{f', only {_first(unread)}' if unread else ''}. Give the model that it was made from"
         )
     modules = _folders(read(MODULES)) if whole and MODULES in names else ()
     others = companions(names, modules) if whole else filter(is_small, names)
