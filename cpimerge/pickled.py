@@ -9,6 +9,7 @@ and tells where in that each tensor's storage begins; the real record of the sam
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickletools
 import re
@@ -219,7 +220,7 @@ def _load(file: Path, archive: _Archive) -> tuple[dict[Any, Any], dict[int, str]
         ) from error
     standin, keys = _standin(archive)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), _unlogged():
             content = torch.load(standin, weights_only=True)
     except Exception as error:  # hostile input: whatever it makes of it, it was refused
         raise CheckpointError(f"{file}: PyTorch refuses it: {_line(error)}. {AGAIN}") from error
@@ -231,6 +232,17 @@ def _load(file: Path, archive: _Archive) -> tuple[dict[Any, Any], dict[int, str]
             "Take from it the state dict of the model alone, and save that"
         )
     return content, keys
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """PyTorch logs tracebacks of shapes that cannot be; what is to be said is in the error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def _standin(archive: _Archive) -> tuple[io.BytesIO, dict[int, str]]:

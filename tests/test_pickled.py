@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib
 import io
+import logging
 import os
 import pickle
 import re
@@ -464,6 +465,19 @@ def test_containers_in_containers_without_end(tmp_path: Path, container: str) ->
     assert refusals(tmp_path / "m") == [
         f"its pickle has one list in two places, which no state dict saved as usual has. {CONVERT}"
     ]
+
+
+def test_torch_reports_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It logs a traceback of a shape that cannot be; what is to be said is in the error."""
+    shouted: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.Handler, "handle", lambda _, record: shouted.append(record))
+    records = records_of({"w": torch.zeros(4)})
+    name = next(name for name in records if name.endswith("data.pkl"))
+    records[name] = records[name].replace(b"K\x04\x85", b"\x8a\x08" + (-5).to_bytes(8, "little", signed=True) + b"\x85")
+    assert refusals(archive(tmp_path / "m.bin", records)) == [
+        "PyTorch refuses it: numel: integer multiplication overflow. Download or save it again"
+    ]
+    assert not shouted
 
 
 def test_files_of_older_versions(tmp_path: Path) -> None:
