@@ -38,6 +38,7 @@ from .selection import Bracket, everything, narrow, pick
 from .shelf import Shelf, Shelved
 from .singles import is_single, settle_singles
 from .stream import BLOCK_CHUNKS, CHUNK, Progress, Workers, chunks, row_count
+from .token_rows import MovedRows
 
 __all__ = ["SMALL", "SMALL_ROWS", "Analysis", "Findings", "content_hash", "examine", "is_small", "pool_rows"]
 
@@ -316,7 +317,11 @@ def _totals(scanned: Iterable[Scanned], tasks: int) -> tuple[Counts, Counts, boo
 
 
 def _fault(spec: TensorSpec, inputs: Inputs, checkpoint: int, place: int) -> str:
-    where = _where(spec, inputs, checkpoint, place)
+    where, source = _where(spec, inputs, checkpoint, place), spec.sources[checkpoint]
+    if isinstance(source, MovedRows):
+        if (own := source.in_source(place)) is None:
+            return f"{where} in the rows of the output is NaN or Inf, and it has that from other models. Repair these"
+        where = _where(spec, inputs, checkpoint, own)
     if spec.is_float:
         return f"{where} is NaN or Inf. Repair the checkpoint or take another; nothing can be merged with it"
     return (

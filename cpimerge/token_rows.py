@@ -44,7 +44,10 @@ class Runs:
         return list(self._sources) == [0]  # of a source that may have more rows
 
     def pieces(self, start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int, int | None]]:
-        """Bytes [begin, end) that lie together, and where in the source they begin; None: not in it."""
+        """Bytes [begin, end) that lie together, and where in the source they begin; None: not in it.
+
+        Elements, where `row_bytes` counts these.
+        """
         number = bisect_right(self._starts, start // row_bytes) - 1
         while start < stop:
             following = self._starts[number + 1] if number + 1 < len(self._starts) else self.rows
@@ -69,6 +72,11 @@ class MovedRows(Tensor):
     @classmethod
     def of(cls, source: Tensor, runs: Runs, fallback: Tensor) -> MovedRows:
         return cls(*_outline(source, runs.rows), source, runs, fallback)
+
+    def in_source(self, element: int) -> int | None:
+        """The flat index in the source of an element; None: it is the fallback's."""
+        row_size = self.elements // self.runs.rows
+        return next(self.runs.pieces(element, element + 1, row_size))[2]
 
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """As for every `Tensor`."""

@@ -75,10 +75,11 @@ def _relation(base: Base, name: str, mode: Mode | None, settled: Settled) -> Rel
     resized = frozenset(tensor for tensor in base.checkpoint.tensors if is_resized(base.checkpoint, other, tensor))
     if unreadable and mode is None and not resized:  # a merge row by row does not need them
         settled.notes.extend(f"tokens are not compared: {problem}" for problem in unreadable)
-    elif unreadable:
-        settled.damaged.extend(unreadable)
-    elif resized:
-        settled.explained[name] = resized & {*base.tensors}
+        return relation
+    settled.damaged.extend(unreadable)
+    with collect(base.checkpoint.where, settled.damaged):  # without the base's tokens, its tensors may be unknown
+        if resized:
+            settled.explained[name] = resized & {*base.tensors}
     return relation
 
 

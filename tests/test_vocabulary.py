@@ -507,7 +507,28 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
         assert settle(checkpoints, mode).damaged == [damaged]
     larger = opened(tmp_path / "larger", {**models, "one": model(added(), 7, 1)})
     (tmp_path / "larger" / "one" / "tokenizer.json").write_text("[]", encoding="utf-8")
-    assert settle(larger, None).damaged == [damaged.replace(f"{tmp_path}/", f"{tmp_path}/larger/")]
+    found = settle(larger, None)
+    assert found.damaged == [damaged.replace(f"{tmp_path}/", f"{tmp_path}/larger/")]
+    assert found.explained == {"one": {EMBEDDING, HEAD_BIAS}}
+
+
+def test_numbers_that_are_not_finite_are_said_of_the_model_that_has_them(tmp_path: Path) -> None:
+    """By their place in its file, though it is another in the output."""
+    one = model(added("<pad>", "<x>"), 7, 1)
+    one.tensors[EMBEDDING][6, 2] = torch.inf
+    found = problems(tmp_path, "union", base=model(added(), 5, 0), one=one, two=model(added("<pad>"), 6, 2))
+    where = f"tensor '{EMBEDDING}': "
+    joined = "flat index 20 in the rows of the output is NaN or Inf, and it has that from other models. Repair these"
+    assert [line for line in found if line.startswith("one")] == [
+        f"one: {where}flat index 20 is NaN or Inf. Repair the checkpoint or take another; nothing can be merged with it"
+    ]
+    assert [line for line in found if not line.startswith("one")] == [
+        f"{name}: {where}{joined}" for name in ("base", "two")
+    ]
+    three = model({**added("<x>"), 7: "<y>"}, 8, 3)
+    three.tensors[EMBEDDING][7, 1] = torch.nan
+    found = problems(tmp_path / "moved", "union", base=model(added(), 5, 0), three=three)
+    assert f"three: {where}flat index 22 is NaN or Inf. " in "".join(found)
 
 
 @pytest.mark.parametrize("mode", ["base", "union"])
