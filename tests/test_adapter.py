@@ -461,6 +461,14 @@ def test_a_tied_head_in_the_dtype_of_the_training(tmp_path: Path, dtype: torch.d
     assert judge(base, [found])[0] == []
 
 
+def test_a_head_that_the_model_lacks_where_its_config_does_not_say_why(tmp_path: Path) -> None:
+    """Gemma's configs leave out that the head is tied; one that says it is not has lost a head."""
+    adapter = write_adapter(tmp_path / "a", factors("lm_head", 10))
+    assert "updates a head that" in problems(model(tmp_path / "silent"), adapter)[0]
+    untied = model(tmp_path / "untied", tie_word_embeddings=False)
+    assert f"which {untied.path} does not have. {OTHER_MODEL}" in problems(untied, adapter)[0]
+
+
 def test_embeddings_that_were_trained_without_the_head_tied_to_them(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", {f"{P}model.embed.weight": noise(10, 4)})
     tied = model(tmp_path, tie_word_embeddings=True)
