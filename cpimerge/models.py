@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import buffers, ties
 from .adapter import is_adapter, open_adapter
 from .adapter_config import ADAPTER_CONFIG
 from .checkpoint import Checkpoint
 from .directory import open_checkpoint
 from .errors import CheckpointError
 from .references import HubModel, Place, Reference
-from .ties import onto
 
 __all__ = ["Locate", "Located", "finding", "locate", "locate_both", "open_model"]
 
@@ -94,11 +94,12 @@ def _directory(place: Place) -> Path:
 def open_model(located: Located, base: Checkpoint | None) -> Checkpoint:
     """Read all headers. `base` is the recipe's, on which an adapter alone lies; None: there is none (yet).
 
-    What the model and the base saved once and what twice is brought in line with the base (see ties.py).
+    What the model and the base saved once and what twice is brought in line with the base (see ties.py), and so are
+    buffers that only one of them saved (buffers.py).
     Raises CheckpointError listing all that is wrong with it.
     """
     opened = _open(located, base)
-    return opened if base is None else onto(base, opened)
+    return opened if base is None else ties.onto(base, buffers.onto(base, opened))
 
 
 def _open(located: Located, base: Checkpoint | None) -> Checkpoint:

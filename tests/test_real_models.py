@@ -267,6 +267,17 @@ def test_minilm_keeps_tokenizer_and_integer_buffer(minilm: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "out")
 
 
+def test_minilm_as_it_is_published_and_an_expert_saved_today(minilm: Path, tmp_path: Path) -> None:
+    """Of which only the former has the buffer; and it is stored in another dtype."""
+    models = tmp_path / "models"
+    shutil.copytree(minilm / "f32" / "base", models / "base")
+    shutil.copytree(minilm / "bf16" / "words", models / "words")
+    plan = merge(models, tmp_path / "out", ["words"])
+    assert torch.equal(load_weights(tmp_path / "out")[BUFFER], torch.arange(512)[None])
+    assert sum("position_ids" in note for note in plan.notes) == 1
+    load(transformers.AutoModel, tmp_path / "out")
+
+
 def test_one_expert_with_all_of_it_transplanted_is_that_expert(minilm: Path, tmp_path: Path) -> None:
     """Whatever the other settings: only what did not move is blended, and one task's blend is its own."""
     merge(minilm / "bf16", tmp_path / "out", ["whole"], density=1)
