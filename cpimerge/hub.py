@@ -96,10 +96,14 @@ def cached(place: Place) -> Path:
     try:
         found = _snapshot(model)
     except HUB_ERRORS as error:
-        raise CheckpointError(
-            f"{model}: not in the Hugging Face cache, and {place.path} is no directory. "
-            "Add --download to fetch the model from the Hub, or correct the path"
-        ) from error
+        if place.path == Path(f"/{model}"):  # as a plan calls what was streamed
+            text = "not in the Hugging Face cache. It was read from the Hub when planned: add --download stream, or --download"
+        else:
+            text = (
+                f"not in the Hugging Face cache, and {place.path} is no directory. "
+                "Add --download to fetch the model from the Hub, or correct the path"
+            )
+        raise CheckpointError(f"{model}: {text}") from error
     if missing := _missing_weights(found):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{model}: {found} is incomplete: it lacks {shown}. Add --download to complete it")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
-from .checkpoint import AGAIN, ITEM_BYTES, MAX_HEADER_BYTES, MAX_NAME, Shard, StoredTensor, is_unicode, shown
+from .checkpoint import AGAIN, ITEM_BYTES, MAX_NAME, Shard, StoredTensor, is_unicode, shown
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ DTYPES = {
 }
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how PyTorch before 1.6 begins a file
 MAX_DIRECTORY_BYTES = 1 << 24  # of the archive's directory: 200,000 records
+MAX_PICKLE_BYTES = 1 << 24  # some 80,000 tensors; it is gone through step by step
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -159,7 +160,7 @@ def _archive(file: Path, stream: BinaryIO, size: int) -> _Archive:
 
 def _check_record(file: Path, info: zipfile.ZipInfo | None) -> None:
     """That a record which is read whole lies in the file as it is."""
-    if info is not None and info.file_size > MAX_HEADER_BYTES:
+    if info is not None and info.file_size > MAX_PICKLE_BYTES:
         raise CheckpointError(f"{file}: {shown(info.filename)} has {info.file_size} bytes. {CONVERT}")
     if info is not None and not _is_plain(info):
         raise CheckpointError(f"{file}: is compressed or encrypted. {CONVERT}")

@@ -487,6 +487,13 @@ def test_files_of_older_versions(tmp_path: Path) -> None:
     assert read(found["w"]) == stored_bytes(torch.arange(8.0))
 
 
+def test_a_pickle_of_more_than_any_tensors_need(tmp_path: Path) -> None:
+    archive(tmp_path / "m", PLAIN | {"data.pkl": PLAIN["data.pkl"] + bytes((1 << 24) + 1 - len(PLAIN["data.pkl"]))})
+    assert refusals(tmp_path / "m") == [
+        f"'archive/data.pkl' has {(1 << 24) + 1} bytes. Load it with transformers and save it as safetensors"
+    ]
+
+
 def test_too_many_records(tmp_path: Path) -> None:
     """Their list is not even read: it would take far more memory than the file has bytes."""
     names = {f"data/{'x' * 900}{number}": b"" for number in range(20_000)}
