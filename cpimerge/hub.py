@@ -97,7 +97,8 @@ def cached(place: Place) -> Path:
         found = _snapshot(model)
     except HUB_ERRORS as error:
         if place.path == Path(f"/{model}"):  # as a plan calls what was streamed
-            text = "not in the Hugging Face cache. It was read from the Hub when planned: add --download stream, or --download"
+            again = "add --download stream, or --download"
+            text = f"not in the Hugging Face cache. It was read from the Hub when planned: {again}"
         else:
             text = (
                 f"not in the Hugging Face cache, and {place.path} is no directory. "
