@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -38,6 +38,7 @@ __all__ = [
     "Vocabulary",
 ]
 
+Value = TypeVar("Value")
 Mode = Literal["base", "union"]  # of vocabularies that differ
 
 PLAN_FILE = "plan.json"
@@ -298,8 +299,18 @@ class Plan(_Model):
 
 
 def _seal(plan: Plan) -> str:
-    """xxh3-128 of all that describes the inputs and the cores; the rest of a plan may be edited."""
-    fixed = plan.model_dump_json(
+    """xxh3-128 of all that describes the inputs and the cores; the rest of a plan may be edited.
+
+    Whatever the order of keys, which tools that edit JSON may change.
+    """
+    tensors = [
+        tensor.model_copy(update={"xxh3": _by_key(tensor.xxh3), "tasks": _by_key(tensor.tasks)})
+        for tensor in plan.tensors
+    ]
+    vocabulary = plan.vocabulary
+    if vocabulary is not None:
+        vocabulary = vocabulary.model_copy(update={"tokens_xxh3": _by_key(vocabulary.tokens_xxh3)})
+    fixed = plan.model_copy(update={"tensors": tensors, "vocabulary": vocabulary}).model_dump_json(
         include={
             "inputs": True,
             "tasks": True,
@@ -310,6 +321,10 @@ def _seal(plan: Plan) -> str:
         }
     )
     return xxhash.xxh3_128_hexdigest(fixed.encode())
+
+
+def _by_key(mapping: Mapping[str, Value]) -> dict[str, Value]:
+    return dict(sorted(mapping.items()))
 
 
 SEALED_OF_A_TENSOR = TensorPlan.model_fields.keys() - {"dtype", "blend"}

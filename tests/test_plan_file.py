@@ -67,6 +67,21 @@ def test_a_plan_comes_back_as_it_was_saved(planned: Path) -> None:
     assert [json.loads(line.rstrip(","))["name"] for line in lines if line.startswith('  {"name"')][-2:] == ["v", "w"]
 
 
+def test_the_order_of_keys_is_nobodys_business(planned: Path) -> None:
+    """As after `jq --sort-keys`, or the reverse."""
+    plan = Plan.load(planned)
+    for reverse in (False, True):
+
+        def ordered(value: Any, reverse: bool = reverse) -> Any:
+            if isinstance(value, dict):
+                return {key: ordered(value[key]) for key in sorted(value, reverse=reverse)}
+            return [ordered(entry) for entry in value] if isinstance(value, list) else value
+
+        content = json.loads((planned / PLAN_FILE).read_text())
+        (planned / PLAN_FILE).write_text(json.dumps(ordered(content)))
+        assert Plan.load(planned) == plan
+
+
 def test_edited_coefficients_are_obeyed(planned: Path) -> None:
     def change(plan: dict[str, Any]) -> None:
         plan["tensors"][1]["blend"]["coefficients"] = [0.0, 2.0]
