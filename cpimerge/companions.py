@@ -27,6 +27,7 @@ __all__ = [
     "companion_bytes",
     "companion_files",
     "is_weights",
+    "matches_any",
     "module_weights",
     "unreadable",
     "write_companions",
@@ -114,7 +115,7 @@ def companion_files(base: Path) -> Iterator[Path]:
             folder.name for folder in inside if _enters(folder, modules) and os.path.realpath(folder) not in seen
         ]
         denied = STATE if Path(directory) in modules else WEIGHTS_IN_ANY_FORM + STATE
-        yield from (Path(directory, name) for name in sorted(files) if not _matches(name, denied))
+        yield from (Path(directory, name) for name in sorted(files) if not matches_any(name, denied))
 
 
 def _enters(folder: Path, modules: Iterable[Path]) -> bool:
@@ -122,7 +123,7 @@ def _enters(folder: Path, modules: Iterable[Path]) -> bool:
     if folder in modules:
         return True
     another = any((folder / name).exists() for name in (*CHECKPOINT_FILES, "adapter_config.json"))
-    return not another and not _matches(folder.name, NOT_ENTERED)
+    return not another and not matches_any(folder.name, NOT_ENTERED)
 
 
 def _modules(base: Path) -> set[Path]:
@@ -142,7 +143,7 @@ def module_weights(base: Path) -> Iterator[Path]:
 
 def is_weights(name: str) -> bool:
     """Whether a file of this name holds weights, in whatever form, or is their index."""
-    return _matches(name, WEIGHTS_IN_ANY_FORM)
+    return matches_any(name, WEIGHTS_IN_ANY_FORM)
 
 
 def unreadable(base: Path) -> Iterator[str]:
@@ -154,7 +155,8 @@ def unreadable(base: Path) -> Iterator[str]:
             yield f"{file}: cannot be read, and the output needs it too. Complete the download, or remove it"
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's name fits one of the globs."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -190,8 +190,8 @@ def _look_at(pool: Workers, pair: _Pair, chunk: Chunk) -> _Tally:
     if not _is_float(pair):
         return _unequal_elements(pair, chunk, stored)
     found = Found(np.zeros(4, np.int64), np.zeros(1, np.uint32), np.full(1, -1), np.zeros(4))
-    fraction, least = PRECISION[pair.sources[0].dtype]
-    look = Look(chunk.size, chunk.size, 1, 0, False, NEAR, np.uint32(least), np.float32(2.0 ** (-fraction - 1)))
+    least, half = PRECISION[pair.sources[0].dtype]
+    look = Look(chunk.size, chunk.size, 1, 0, False, NEAR, least, half)
     compare(pool.buffers.raw, kinds_of(pair.sources), look, found, pool.buffers.scratch)
     place = int(found.place[0])
     return _Tally(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from fnmatch import fnmatchcase
 
+from .adapter import ADAPTER_FILES
 from .adapter_config import ADAPTER_CONFIG
 from .checkpoint import CONFIG
-from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM
+from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM, matches_any
 from .directory import CHECKPOINT_FILES, FORMATS
 
-__all__ = ["ADAPTER_FORMS", "INDEXES", "adapter_files", "companions", "is_small", "is_tokenizer", "weights"]
+__all__ = ["INDEXES", "adapter_files", "companions", "is_small", "is_tokenizer", "weights"]
 
 # Single files and the indexes of sharded ones, in the order in which they are preferred.
 FORMS = tuple((form.weights, form.index) for form in FORMATS)
 INDEXES = tuple(index for _, index in FORMS)
-ADAPTER_FORMS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "*.tiktoken")
 # What tells whether two models speak of the same things: configuration, tokens, chat template.
 DESCRIPTIONS = (CONFIG, *TOKENIZER, "added_tokens.json", "special_tokens_map.json", "chat_template*")
@@ -38,17 +37,17 @@ def adapter_files(names: Collection[str]) -> list[str]:
     """An adapter's configuration and weights; empty where `names` are not those of one."""
     if ADAPTER_CONFIG not in names:
         return []
-    return [ADAPTER_CONFIG, *[name for name in ADAPTER_FORMS if name in names][:1]]
+    return [ADAPTER_CONFIG, *[name for name in ADAPTER_FILES if name in names][:1]]
 
 
 def is_small(name: str) -> bool:
     """Whether the file describes an expert: it is compared with the base's."""
-    return "/" not in name and _matches(name, DESCRIPTIONS)
+    return "/" not in name and matches_any(name, DESCRIPTIONS)
 
 
 def is_tokenizer(name: str) -> bool:
     """Whether the file is one of those that a tokenizer is saved in."""
-    return _matches(name, TOKENIZER)
+    return matches_any(name, TOKENIZER)
 
 
 def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterator[str]:
@@ -66,7 +65,7 @@ def companions(names: Collection[str], modules: Collection[str] = ()) -> Iterato
         folder, _, file = name.rpartition("/")
         if _enters(folder, modules, other_models):
             denied = STATE if folder in modules else WEIGHTS_IN_ANY_FORM + STATE
-            if not _matches(file, denied):
+            if not matches_any(file, denied):
                 yield name
 
 
@@ -74,11 +73,7 @@ def _enters(folder: str, modules: Collection[str], other_models: Collection[str]
     """Whether files of a folder, and of those it lies in, go along."""
     while folder:
         above, _, own = folder.rpartition("/")
-        if folder not in modules and (folder in other_models or _matches(own, NOT_ENTERED)):
+        if folder not in modules and (folder in other_models or matches_any(own, NOT_ENTERED)):
             return False
         folder = above
     return True
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from .adapted import BLOCK, KEPT, LEFT, AdaptedTensor, CastTensor, ShiftedTensor
 from .checkpoint import Handles, Tensor
 from .errors import CheckpointError
 from .kernels import floats, lowrank
+from .stream import Bytes, Floats, decode, store, values_of
 
 __all__ = ["read_adapted", "read_cast", "read_shifted"]
-
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 
 def read_adapted(tensor: AdaptedTensor, buffer: memoryview, start: int, handles: Handles) -> None:
@@ -34,23 +31,23 @@ def read_adapted(tensor: AdaptedTensor, buffer: memoryview, start: int, handles:
         values = work.updated(piece, begin)
         if tensor.update.magnitude is not None:
             work.set_lengths(values, begin)
-        _store(values, tensor.dtype, piece)
+        store(values, tensor.dtype, piece)
 
 
 def read_cast(tensor: CastTensor, buffer: memoryview, start: int, handles: Handles) -> None:
     """Fill `buffer` with the source's values, rounded to the tensor's dtype."""
     for first, piece in _pieces(tensor, buffer, start):
         values = _values(tensor.source, first, first + piece.size // tensor.item_bytes, handles)
-        _store(values, tensor.dtype, piece)
+        store(values, tensor.dtype, piece)
 
 
 def read_shifted(tensor: ShiftedTensor, buffer: memoryview, start: int, handles: Handles) -> None:
     """Fill `buffer` with base + scale · shift, rounded once."""
     tensor.base.read_into(buffer, start, handles)
     for first, piece in _pieces(tensor, buffer, start):
-        values = _decoded(piece, tensor.dtype)
+        values = decode(piece, tensor.dtype)
         values += np.float32(tensor.scale) * _values(tensor.shift, first, first + values.size, handles)
-        _store(values, tensor.dtype, piece)
+        store(values, tensor.dtype, piece)
 
 
 def _pieces(tensor: Tensor, buffer: memoryview, start: int) -> Iterator[tuple[int, Bytes]]:
@@ -92,7 +89,7 @@ class _Work:
 
     def updated(self, raw: Bytes, begin: int) -> Floats:
         """Elements from `begin` on, whose stored bytes are `raw`, with the update."""
-        values = _decoded(raw, self.tensor.dtype)
+        values = decode(raw, self.tensor.dtype)
         row, place = divmod(begin, self.columns)
         left = self.left[row - self.left_begins :]
         lowrank.add_low_rank(left, self.right, np.float32(self.update.scale), place, values, self.room)
@@ -176,9 +173,7 @@ class _Work:
 
 def _values(tensor: Tensor, first: int, last: int, handles: Handles) -> Floats:
     """Elements [first, last) of an adapter's own tensor as float32. Raises CheckpointError where one is not finite."""
-    raw = np.empty((last - first) * tensor.item_bytes, np.uint8)
-    tensor.read_into(memoryview(raw), first * tensor.item_bytes, handles)
-    values = _decoded(raw, tensor.dtype)
+    values = values_of(tensor, first, last, handles)
     place = floats.first_nonfinite(values.view(np.uint32), np.uint32(0x7F800000))
     if place >= 0:
         file = getattr(tensor, "file", None)
@@ -187,16 +182,3 @@ def _values(tensor: Tensor, first: int, last: int, handles: Handles) -> Floats:
             "Repair the adapter or take another"
         )
     return values
-
-
-def _decoded(raw: Bytes, dtype: str) -> Floats:
-    values = np.empty(raw.size // floats.item_bytes(floats.KINDS[dtype]), np.uint32)
-    floats.decode(raw, floats.KINDS[dtype], values)
-    return values.view(np.float32)
-
-
-def _store(values: Floats, dtype: str, out: Bytes) -> None:
-    """Round to `dtype`. What is not finite stays so, and is found by whoever reads."""
-    bits = values.view(np.uint32)
-    lowrank.quiet(bits)
-    floats.encode(bits, floats.KINDS[dtype], out)

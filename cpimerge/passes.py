@@ -27,8 +27,11 @@ from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode, kin
 __all__ = ["Block", "Passes", "Scanned", "Settled"]
 
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
-# Of the base's dtype: bits of its fraction, and float32's pattern of its smallest normal number.
-PRECISION = {"F32": (23, 1 << 23), "BF16": (7, 1 << 23), "F16": (10, (127 - 14) << 23)}
+# `Look`'s `least` and `half` by the base's dtype, which has so many bits of a fraction.
+PRECISION = {
+    dtype: (np.uint32(least), np.float32(2.0 ** (-fraction - 1)))
+    for dtype, fraction, least in (("F32", 23, 1 << 23), ("BF16", 7, 1 << 23), ("F16", 10, (127 - 14) << 23))
+}
 FEW = 1 << 12  # open elements that are kept in any case
 CROWDED = 1 / 8  # the share of open elements from which a chunk is rather read again
 GOLDEN = 0.6180339887498949  # its multiples spread over [0, 1) and fall in with no row length
@@ -177,10 +180,9 @@ class Passes:
         return found._replace(places=found.places[:opened], values=found.values[:opened]), int(opened)
 
     def _what(self, spec: TensorSpec, chunk: Chunk) -> Look:
-        fraction, least = PRECISION[spec.sources[0].dtype]
-        half = np.float32(2.0 ** (-fraction - 1))
+        least, half = PRECISION[spec.sources[0].dtype]
         row = min(chunk.row, chunk.size)
-        return Look(chunk.size, row, self.tasks, self.member, self.delta, NEAR, np.uint32(least), half)
+        return Look(chunk.size, row, self.tasks, self.member, self.delta, NEAR, least, half)
 
     def _faults(
         self, spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes], found: Found

@@ -14,11 +14,11 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+from .adapter import ADAPTER_FILES
 from .checkpoint import MAX_HEADER_BYTES, Checkpoint, StoredTensor, Tensor, read_header
 from .directory import open_checkpoint
 from .errors import CheckpointError
 from .hub import Listing, RemoteFile, fetch, fetch_part, list_model
-from .hub_files import ADAPTER_FORMS
 from .models import Located, locate_both
 from .pieces import StreamedTensor, Weights
 from .references import STREAMED, HubModel, Place, Reference
@@ -104,7 +104,7 @@ class Streams:
 
 def _is_streamed(file: RemoteFile) -> bool:
     """A model's own weights are; an adapter and the weights of modules in folders are small."""
-    return file.name.endswith(".safetensors") and "/" not in file.name and file.name not in ADAPTER_FORMS
+    return file.name.endswith(".safetensors") and "/" not in file.name and file.name not in ADAPTER_FILES
 
 
 def _check_disk(needed: int, directory: Path) -> None:

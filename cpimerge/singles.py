@@ -26,8 +26,7 @@ from .stream import CHUNK, Bytes, Chunk, chunks
 __all__ = ["is_single", "settle_singles"]
 
 KIND_NAMES = sorted(KINDS, key=lambda dtype: KINDS[dtype])
-LEAST = np.array([PRECISION[dtype][1] for dtype in KIND_NAMES], np.uint32)
-HALF = np.array([2.0 ** (-PRECISION[dtype][0] - 1) for dtype in KIND_NAMES], np.float32)
+LEAST, HALF = (np.array(column) for column in zip(*(PRECISION[dtype] for dtype in KIND_NAMES), strict=True))
 
 
 def is_single(spec: TensorSpec, granularity: str) -> bool:

@@ -109,6 +109,20 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
     return stored.view(f"u{item}")
 
 
+def values_of(tensor: Tensor, first: int, last: int, handles: Handles) -> Floats:
+    """Elements [first, last) of a float tensor as float32."""
+    raw = np.empty((last - first) * tensor.item_bytes, np.uint8)
+    tensor.read_into(memoryview(raw), first * tensor.item_bytes, handles)
+    return decode(raw, tensor.dtype)
+
+
+def store(values: Floats, dtype: str, out: Bytes) -> None:
+    """float32 [n] rounded to `dtype`, into its bytes. What is not finite stays so, and is found by whoever reads."""
+    bits = values.view(np.uint32)
+    floats.quiet(bits)
+    floats.encode(bits, floats.KINDS[dtype], out)
+
+
 def bits_of(raw: Bytes, info: Tensor) -> npt.NDArray[np.generic]:
     """Raw bytes as unsigned integers of the tensor's item size."""
     return raw.view(f"u{info.item_bytes}")

@@ -92,10 +92,12 @@ class MovedRows(Tensor):
 
     def _convert(self, buffer: memoryview, first: int, handles: Handles) -> None:
         """The fallback's elements from `first` on, rounded to this dtype."""
+        from .stream import store, values_of  # with numba, which comparing vocabularies need not wait for
+
         for place in range(0, len(buffer) // self.item_bytes, PIECE):
             piece = buffer[place * self.item_bytes : (place + PIECE) * self.item_bytes]
-            values = _floats(self.fallback, first + place, len(piece) // self.item_bytes, handles)
-            _store(values, self.dtype, piece)
+            begin, size = first + place, len(piece) // self.item_bytes
+            store(values_of(self.fallback, begin, begin + size, handles), self.dtype, np.frombuffer(piece, np.uint8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class MeanRows(Tensor):
 
     @property
     def scratch_bytes(self) -> int:
-        return 16 * PIECE + max(source.scratch_bytes for source in self.sources)
+        return 16 * PIECE + sum(source.scratch_bytes for source in self.sources)  # adapters keep what they read
 
     @classmethod
     def like(cls, tensor: Tensor, rows: int, parts: Sequence[tuple[Tensor, Mapping[int, int]]]) -> MeanRows:
@@ -121,6 +123,8 @@ class MeanRows(Tensor):
 
     def read_into(self, buffer: memoryview, start: int, handles: Handles) -> None:
         """As for every `Tensor`."""
+        from .stream import store
+
         item = self.item_bytes
         row_size = self.elements // self.rows
         place, stop = start // item, (start + len(buffer)) // item
@@ -128,17 +132,21 @@ class MeanRows(Tensor):
             row, column = divmod(place, row_size)
             size = min(stop - place, row_size - column, PIECE)
             begin = place * item - start
-            _store(self._mean(row, column, size, handles), self.dtype, buffer[begin : begin + size * item])
+            piece = np.frombuffer(buffer[begin : begin + size * item], np.uint8)
+            store(self._mean(row, column, size, handles), self.dtype, piece)
             place += size
 
     def _mean(self, row: int, column: int, size: int, handles: Handles) -> Floats:
+        from .stream import values_of
+
         row_size = self.elements // self.rows
         parts = zip(self.sources, self.places, strict=True)
         having = [(source, places[row]) for source, places in parts if row in places]
         total = np.zeros(size, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # not finite is found where the inputs are looked at
             for source, place in having:
-                total += _floats(source, place * row_size + column, size, handles)
+                begin = place * row_size + column
+                total += values_of(source, begin, begin + size, handles)
             return total / np.float32(len(having))
 
 
@@ -147,21 +155,3 @@ def _outline(tensor: Tensor, rows: int) -> tuple[str, str, tuple[int, ...], int]
     before, _, after = split_rows(tensor.shape)
     shape = (*before, rows, *after)
     return tensor.name, tensor.dtype, shape, math.prod(shape) * tensor.item_bytes
-
-
-def _floats(tensor: Tensor, first: int, size: int, handles: Handles) -> Floats:
-    """`size` elements from `first` on, as float32."""
-    from .stream import decode  # with numba, which comparing vocabularies need not wait for
-
-    raw = np.empty(size * tensor.item_bytes, np.uint8)
-    tensor.read_into(memoryview(raw), first * tensor.item_bytes, handles)
-    return decode(raw, tensor.dtype)
-
-
-def _store(values: Floats, dtype: str, buffer: memoryview) -> None:
-    """float32 rounded to `dtype`, into `buffer`."""
-    from .stream import encode
-
-    nan = np.isnan(values)
-    values[nan] = np.inf  # NaN cannot be encoded; it is an error all the same
-    buffer[:] = memoryview(encode(values, dtype).view(np.uint8))

@@ -80,6 +80,14 @@ def _encode_float16(values: Bits, out: npt.NDArray[np.uint16]) -> None:
 
 
 @compiled
+def quiet(values: Bits) -> None:
+    """Every NaN among bit patterns of float32 becomes the one that rounding keeps from becoming a number."""
+    for i in range(values.size):
+        if values[i] & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+            values[i] = np.uint32(0x7FC00000)
+
+
+@compiled
 def first_nonfinite(bits: npt.NDArray[Any], exponent: np.unsignedinteger[Any]) -> int:
     """Index of the first NaN or Inf among the bit patterns `bits` [n] of floats; -1 where all are finite.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .arrays import Bits, Doubles, Floats, compiled
+from .arrays import Doubles, Floats, compiled
 from .vectors import intrinsic
 
 UNROLL = 4  # ranks that are added at a time; factors are padded with zeros to a multiple
@@ -119,11 +119,3 @@ def norms(lanes: Doubles, out: Floats) -> None:
         for lane in range(lanes.shape[1]):
             total += lanes[row, lane]
         out[row] = np.float32(np.sqrt(total))
-
-
-@compiled
-def quiet(values: Bits) -> None:
-    """Every NaN among bit patterns of float32 becomes the one that rounding keeps from becoming a number."""
-    for i in range(values.size):
-        if values[i] & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-            values[i] = np.uint32(0x7FC00000)

@@ -84,7 +84,7 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
         base = room.values[0].view(np.float32)
         for c in range(1, kinds.size):
             if c > look.tasks:  # a backbone that is no task
-                differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
+                _differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
                 found.peaks[c - 1] = max(found.peaks[c - 1], _peak(room.magnitude[:count]))
                 continue
             t = c - 1
@@ -111,8 +111,7 @@ def half_units(base: Bits, look: Look, out: Bits) -> None:
 
 
 @compiled
-def differ(a: Floats, b: Floats, out: Floats) -> None:
-    """|a − b| of every two of n elements."""
+def _differ(a: Floats, b: Floats, out: Floats) -> None:
     for i in range(a.size):
         out[i] = abs(a[i] - b[i])
 
@@ -205,10 +204,10 @@ def _add_grams(members: Bits, keep: Bits, begin: int, count: int, row: int, out:
 
 
 @compiled
-def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, room: Scratch) -> None:
-    """|Δ| of every task in runs of at most TILE elements: `out` uint32 [T, runs · run], `starts` [runs] say where.
+def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, room: Scratch, offset: int = 0) -> None:
+    """|Δ| of every task in runs of at most TILE elements: `out` uint32 [T, ≥ runs · run], `starts` [runs] say where.
 
-    `raw` and `kinds` as for `scan`.
+    `raw` and `kinds` as for `scan`; `offset` are the bytes before the elements in each row of `raw`.
     """
     base = room.values[0, :run]
     task = room.values[1, :run]
@@ -216,10 +215,11 @@ def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, 
         begin = starts[number]
         for c in range(out.shape[0] + 1):
             width = item_bytes(kinds[c])
-            decode(raw[c, width * begin : width * (begin + run)], kinds[c], base if c == 0 else task)
+            place = offset + width * begin
+            decode(raw[c, place : place + width * run], kinds[c], base if c == 0 else task)
             if c > 0:
-                place = out[c - 1, number * run : (number + 1) * run]
-                differ(task.view(np.float32), base.view(np.float32), place.view(np.float32))
+                found = out[c - 1, number * run : (number + 1) * run]
+                _differ(task.view(np.float32), base.view(np.float32), found.view(np.float32))
 
 
 @compiled

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from . import bitsets, scanning
 from .arrays import WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
-from .floats import decode, item_bytes
+from .floats import item_bytes
 from .scanning import INFINITE, Found, Look, Scratch
 
 SETTLED, IDENTICAL, OPEN = 0, 1, 2  # what became of a tensor; open: left to those who can do more or say what is wrong
@@ -149,30 +149,13 @@ def _settle(raw: Stored, kinds: Counts, sizes: Counts, look: Look, found: Found,
 @compiled
 def _sample(raw: Stored, kinds: Counts, look: Look, room: Scratch, out: Bits) -> int:
     """Magnitudes of every task into `out` [T, ≥ S]: of all elements, or of runs in all parts; returns S."""
-    if look.size <= WHOLE:
-        _magnitudes(raw, kinds, look, 0, look.size, room, out, 0)
-        return look.size
-    runs = min(look.size // SHARE, MOST) // RUN
+    run, runs = (look.size, 1) if look.size <= WHOLE else (RUN, min(look.size // SHARE, MOST) // RUN)
     part = look.size / runs
+    starts = np.empty(runs, np.int64)
     for number in range(runs):
-        start = int(number * part + (number * GOLDEN % 1.0) * (part - RUN))
-        _magnitudes(raw, kinds, look, start, RUN, room, out, number * RUN)
-    return runs * RUN
-
-
-@compiled
-def _magnitudes(
-    raw: Stored, kinds: Counts, look: Look, start: int, count: int, room: Scratch, out: Bits, place: int
-) -> None:
-    """Of `count` elements from `start` on, to `place` in `out` [T, S]."""
-    base, task = room.values[0, :count], room.values[1, :count]
-    for c in range(look.tasks + 1):
-        width = item_bytes(kinds[c])
-        begin = look.begin + width * start
-        decode(raw[c, begin : begin + width * count], kinds[c], base if c == 0 else task)
-        if c > 0:
-            magnitude = out[c - 1, place : place + count]
-            scanning.differ(task.view(np.float32), base.view(np.float32), magnitude.view(np.float32))
+        starts[number] = int(number * part + (number * GOLDEN % 1.0) * (part - run))
+    scanning.magnitudes(raw, kinds, starts, run, out[: look.tasks], room, look.begin)
+    return runs * run
 
 
 @compiled

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpimerge import stream
-from cpimerge.kernels.floats import KINDS, decode, encode, first_nonfinite
+from cpimerge.kernels.floats import KINDS, decode, encode, first_nonfinite, quiet
 from cpimerge.stream import EXPONENT
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -112,3 +112,9 @@ def test_first_nonfinite(dtype: str, place: int, mantissa: int) -> None:
     assert first_nonfinite(values, exponent) == -1
     values[place:] = int(exponent) | mantissa
     assert first_nonfinite(values, exponent) == place
+
+
+def test_quiet() -> None:
+    bits = np.array([0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x3F800000, 0x80000000], np.uint32)
+    quiet(bits)
+    assert bits.tolist() == [0x7FC00000, 0x7FC00000, 0x7F800000, 0xFF800000, 0x3F800000, 0x80000000]
