@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,13 @@ if TYPE_CHECKING:
     from .plan_file import Plan
     from .preflight import Inputs
     from .recipe import Recipe
+    from .staging import Target, Watch
     from .uploading import Pushed, Upload
-    from .writer import Target
 
 __all__ = ["estimate", "fuse", "inspect", "merge", "plan", "push"]
 
 Progress = Callable[[str, int, int], None]  # phase ("download", "plan", "fuse" or "inspect"), bytes done, bytes in all
+Resumed = Callable[[int, int], None]  # bytes that an earlier run has done, bytes in all
 Download = Literal["cache", "stream"] | None
 Limits = tuple[int | None, int | str | None]  # threads and memory
 
@@ -39,7 +39,9 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    restart: bool = False,
     progress: Progress = _silent,
+    resumed: Resumed = _silent,
     announce: Callable[[Needs], None] = _silent,
     download: Download = None,
 ) -> Plan:
@@ -50,6 +52,9 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     called once with what the run will need, before any tensor is read; `progress` with bytes done and in all, which
     never fall and end equal. Both are called on the calling thread, and what they raise ends the run.
 
+    A run that was killed, interrupted or failed on the way is gone on with: `resumed` is called once with the bytes
+    that it had done and those in all. `restart` deletes what is left of it and begins anew.
+
     `download` decides on models that the recipe names as on the Hugging Face Hub: None takes what its cache has and
     leaves the network alone; "cache" first fetches what the cache lacks (phase "download", told on a thread of Xet's
     where the Hub uses that); "stream" fetches pieces of the weights as they are read and deletes them again.
@@ -57,8 +62,11 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     Returns what `plan.json` holds. Raises a `CpimergeError` listing every problem, before any tensor is read where
     headers show it. `out` appears when all of it is on disk.
     """
-    with _checked(recipe, Path(out), force, download, progress) as (inputs, _):
-        return _plan(inputs, Path(out), force, (threads, memory), progress, announce)
+    from .staging import Target
+
+    target = Target(Path(out), force, restart)
+    with _checked(recipe, target, download, progress) as (inputs, _):
+        return _plan(inputs, target, (threads, memory), _watch(progress, resumed), announce)
 
 
 def estimate(
@@ -97,19 +105,19 @@ def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> 
 
 @contextmanager
 def _checked(
-    recipe: str | Path | Recipe, target: Path, force: bool, download: Download, progress: Progress
+    recipe: str | Path | Recipe, target: Target, download: Download, progress: Progress
 ) -> Iterator[tuple[Inputs, Locate]]:
     """Everything that can be known without the numeric libraries: the recipe, all headers, and that `target` is free.
 
     Also where to find the models again: that holds within the block.
     """
     loaded = _loaded(recipe)
-    from .writer import check_target
+    from .staging import check_target
 
     if download:
-        check_target(target, force, ())  # before anything is fetched
-    with _found(loaded, target, download, progress) as (inputs, find):
-        check_target(target, force, inputs.directories)
+        check_target(target.directory, target.force, ())  # before anything is fetched
+    with _found(loaded, target.directory, download, progress) as (inputs, find):
+        check_target(target.directory, target.force, inputs.directories)
         yield inputs, find
 
 
@@ -124,26 +132,31 @@ def _found(recipe: Recipe, target: Path, download: Download, progress: Progress)
 
 
 def _plan(  # the inputs are checked, and `out` is free
-    inputs: Inputs, out: Path, force: bool, limits: Limits, progress: Progress, announce: Callable[[Needs], None]
+    inputs: Inputs, target: Target, limits: Limits, watch: Watch, announce: Callable[[Needs], None]
 ) -> Plan:
     from . import planning  # with numba, which a mistake in the recipe need not wait for
     from .needs import check_disk
+    from .staging import staged_bytes
 
     budget, needs = _budgeted(inputs, *limits)
-    check_disk(needs.plan_bytes + needs.scratch_bytes, out)
+    check_disk(needs.plan_bytes + needs.scratch_bytes - staged_bytes(target.directory), target.directory)
     announce(needs)
-    return planning.make_plan(inputs, out, budget, force, progress)
+    return planning.make_plan(inputs, target, budget, watch)
 
 
-def _fuse(
-    plan: Plan, plan_dir: Path, target: Target, limits: Limits, progress: Progress, find: Locate
-) -> dict[str, Any]:
+def _watch(progress: Progress, resumed: Resumed) -> Watch:
+    from .staging import Watch
+
+    return Watch(progress, resumed)
+
+
+def _fuse(plan: Plan, plan_dir: Path, target: Target, limits: Limits, watch: Watch, find: Locate) -> dict[str, Any]:
     from . import fusion
     from .budget import Budget
     from .needs import fuse_worker_bytes
 
     budget = Budget.divide(fuse_worker_bytes(plan), *limits)
-    return fusion.fuse_plan(plan, plan_dir, target, budget, progress, find)
+    return fusion.fuse_plan(plan, plan_dir, target, budget, watch, find)
 
 
 def _loaded(recipe: str | Path | Recipe) -> Recipe:
@@ -159,8 +172,10 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    restart: bool = False,
     shard_size: int | str | None = None,
     progress: Progress = _silent,
+    resumed: Resumed = _silent,
     download: Download = None,
 ) -> dict[str, Any]:
     """Obey the plan in `plan_dir`: write the fused checkpoint to the directory `out`.
@@ -170,9 +185,10 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
     then.
     """
     from .plan_file import Plan
-    from .writer import Target, check_target, shard_limit
+    from .staging import Target, check_target
+    from .writer import shard_limit
 
-    target = Target(Path(out), force, shard_limit(shard_size))
+    target = Target(Path(out), force, restart, shard_limit(shard_size))
     loaded = Plan.load(Path(plan_dir))
     from .models import finding
 
@@ -180,7 +196,7 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
         check_target(target.directory, force, [Path(plan_dir)])  # before anything is fetched
     references = [(entry.name, entry.reference) for entry in loaded.inputs]
     with finding(references, target.directory, download, progress) as find:
-        return _fuse(loaded, Path(plan_dir), target, (threads, memory), progress, find)
+        return _fuse(loaded, Path(plan_dir), target, (threads, memory), _watch(progress, resumed), find)
 
 
 def merge(  # noqa: PLR0913 - all but two are keywords with a default
@@ -190,36 +206,41 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    restart: bool = False,
     shard_size: int | str | None = None,
     progress: Progress = _silent,
+    resumed: Resumed = _silent,
     announce: Callable[[Needs], None] = _silent,
     planned: Callable[[Plan], None] = _silent,
     download: Download = None,
 ) -> dict[str, Any]:
     """`plan` and `fuse` in one. The plan lies beside `out` meanwhile, and `planned` is called with it once.
 
-    Options, return value and what is raised as for both.
+    Options, return value and what is raised as for both; `resumed` may be called for each of them.
     """
-    from .writer import Target, shard_limit
+    from .staging import Target, resumable_directory, staged_bytes
+    from .writer import shard_limit
 
     goal = Path(out).expanduser().absolute()
-    target = Target(goal, force, shard_limit(shard_size))  # a mistake shows before hours of planning
+    target = Target(goal, force, restart, shard_limit(shard_size))  # a mistake shows before hours of planning
 
     def check_disk(needs: Needs) -> None:  # so does a full disk
         from . import needs as sizes
 
         output_bytes = needs.output_bytes + needs.companion_bytes
-        sizes.check_disk(needs.plan_bytes + max(needs.scratch_bytes, output_bytes), goal)
+        needed = needs.plan_bytes + max(needs.scratch_bytes, output_bytes)
+        sizes.check_disk(needed - staged_bytes(goal), goal)
         announce(needs)
 
-    limits = threads, memory
+    limits, watch = (threads, memory), _watch(progress, resumed)
     with (
-        _checked(recipe, goal, force, download, progress) as (inputs, find),
-        _directory_beside(goal) as directory,
+        _checked(recipe, target, download, progress) as (inputs, find),
+        resumable_directory(target, ".merge") as directory,
     ):
-        plan = _plan(inputs, directory, True, limits, progress, check_disk)
+        plan_target = Target(directory / "plan", force=True, keep_journal=True)
+        plan = _plan(inputs, plan_target, limits, watch, check_disk)
         planned(plan)
-        return _fuse(plan, directory, target, limits, progress, find)
+        return _fuse(plan, plan_target.directory, target, limits, watch, find)
 
 
 def push(  # noqa: PLR0913 - all but two are keywords with a default
@@ -302,17 +323,3 @@ def inspect(
 
         budget = Budget.divide(worker_bytes(*(model.checkpoint for model in models)), threads, memory)
         return compare_checkpoints(models[0], models[1], budget, progress)
-
-
-@contextmanager
-def _directory_beside(target: Path) -> Iterator[Path]:
-    """Where the plan of a merge lies meanwhile, in the nearest parent of `target` that exists; gone afterwards.
-
-    Its name is fixed, so that what a killed run left there is replaced by the next.
-    """
-    parent = next(place for place in target.parents if place.exists())
-    directory = parent / f".{target.name}.plan"
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

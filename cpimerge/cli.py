@@ -60,6 +60,7 @@ WORK_OPTIONS = (
     THREADS,
     MEMORY,
     click.option("--force", is_flag=True, help="Replace the output directory if it is not empty."),
+    click.option("--restart", is_flag=True, help="Begin anew where an earlier run was cut off, not go on from there."),
     DOWNLOAD,
 )
 SHARD_SIZE = click.option(
@@ -123,7 +124,7 @@ def plan_command(screen: Screen, recipe: Path, output: Path | None, estimate: bo
     stages, and how the rest will be blended.
     """
     if estimate:
-        del options["force"]
+        del options["force"], options["restart"]
         _show_estimate(screen, recipe, output or Path(), **options)
         return
     if output is None:
@@ -137,7 +138,7 @@ def plan_command(screen: Screen, recipe: Path, output: Path | None, estimate: bo
         screen.show(needs_report(needs), "")
 
     with screen.progress() as progress:
-        plan = api.plan(recipe, output, progress=progress, announce=announce, **options)
+        plan = api.plan(recipe, output, progress=progress, resumed=screen.resumed, announce=announce, **options)
     from .report import plan_report, plan_summary
 
     screen.show(*plan_report(plan), f"\nplan: {_quoted(output)}   next: cpimerge fuse {_quoted(output)} -o OUT_DIR")
@@ -165,7 +166,7 @@ def fuse_command(screen: Screen, plan_dir: Path, output: Path, **options: Any) -
     Refuses inputs that changed since they were planned. The output directory appears when all of it is on disk.
     """
     with screen.progress() as progress:
-        manifest = api.fuse(plan_dir, output, progress=progress, **options)
+        manifest = api.fuse(plan_dir, output, progress=progress, resumed=screen.resumed, **options)
     _show_model(screen, manifest, output)
 
 
@@ -189,7 +190,15 @@ def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) ->
         screen.show(*plan_report(plan), "")
 
     with screen.progress() as progress:
-        manifest = api.merge(recipe, output, progress=progress, announce=announce, planned=planned, **options)
+        manifest = api.merge(
+            recipe,
+            output,
+            progress=progress,
+            resumed=screen.resumed,
+            announce=announce,
+            planned=planned,
+            **options,
+        )
     _show_model(screen, manifest, output)
 
 
@@ -272,7 +281,7 @@ def _demo_directory(output: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="cpimerge-demo-") as temporary:
             yield Path(temporary)
         return
-    from .writer import check_target
+    from .staging import check_target
 
     directory = output.expanduser()
     check_target(directory, True, ())  # forced: what it says of a full one names --force, which the demo lacks

@@ -29,6 +29,7 @@ __all__ = [
     "is_weights",
     "matches_any",
     "module_weights",
+    "read_manifest",
     "unreadable",
     "write_companions",
 ]
@@ -230,6 +231,12 @@ def _manifest(plan: Plan, plan_dir: Path, contents: Mapping[str, Any]) -> dict[s
         **contents,
         "tensors": {tensor.name: disposition(tensor) for tensor in plan.tensors},
     }
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of an output that this cpimerge wrote. Raises OSError or ValueError."""
+    manifest: dict[str, Any] = json.loads((out / MANIFEST).read_bytes())
+    return manifest
 
 
 def _identity(plan: Plan, entry: Input) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,20 +19,21 @@ from .analysis import content_hash
 from .budget import Budget
 from .chat_template import check_replaceable
 from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
-from .companions import companion_bytes, unreadable, write_companions
+from .companions import companion_bytes, read_manifest, unreadable, write_companions
 from .cores import CoreReader
+from .disk import flush, reserve
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
 from .models import Locate, Located, locate, open_model
 from .needs import check_disk
-from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary
+from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
+from .staging import Staging, Target, Watch, Work, remove, staged_bytes, staged_directory
 from .stream import (
     EXPONENT,
     Bytes,
     Chunk,
     Floats,
-    Progress,
     Workers,
     bits_of,
     chunks,
@@ -42,7 +44,7 @@ from .stream import (
 )
 from .transplant import Bits, Claim, Stored, transplant
 from .vocabulary import settle
-from .writer import ShardLayout, ShardWriter, Target, shard_layouts, staged_directory
+from .writer import BegunShard, FinishedShard, ShardLayout, ShardRecord, ShardWriter, shard_layouts, shard_records
 
 __all__ = ["fuse_plan", "open_inputs"]
 
@@ -51,23 +53,28 @@ PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` ag
 
 
 def fuse_plan(
-    plan: Plan, plan_dir: Path, target: Target, budget: Budget, progress: Progress, find: Locate = locate
+    plan: Plan, plan_dir: Path, target: Target, budget: Budget, watch: Watch, find: Locate = locate
 ) -> dict[str, Any]:
     """Write the fused checkpoint to `target`; returns its manifest.
 
-    Raises PlanError where the plan is damaged or an input changed since, CheckpointError where the base's other files
-    cannot be copied, ResourceError where the disk is too small, IncompatibleError where a result does not fit the
-    output dtype, OutputError where the target cannot be written. Whatever is raised, nothing appears there.
+    Goes on where an earlier run of the same plan was cut off, and tells `watch`. Raises PlanError where the plan is
+    damaged or an input changed since, CheckpointError where the base's other files cannot be copied, ResourceError
+    where the disk is too small, IncompatibleError where a result does not fit the output dtype, OutputError where the
+    target cannot be written. Whatever is raised, nothing appears there.
     """
     checkpoints = open_inputs(plan, find)
-    _check_companions(plan, checkpoints["base"].path, target)
+    base = checkpoints["base"].path
+    _check_companions(plan, base, target)
     layouts = shard_layouts((tensor.output for tensor in plan.tensors), target.shard_bytes)
     forbidden = [plan_dir, *(path for checkpoint in checkpoints.values() for path in checkpoint.directories)]
+    work = Work("fuse", f"{plan_hash(plan_dir)} {target.shard_bytes}")
     threads = workers(budget.threads, len(checkpoints))
-    with staged_directory(target.directory, target.force, forbidden) as directory, threads as pool:
-        with closing(_Fusion(plan, plan_dir, checkpoints, pool, progress)) as fusion:
-            sha256 = {layout.filename: fusion.write_shard(layout, directory) for layout in layouts}
-        return write_companions(plan, plan_dir, checkpoints["base"].path, directory, layouts, sha256)
+    with staged_directory(target, forbidden, work) as staging, threads as pool:
+        if staging.is_published:
+            return read_manifest(target.directory)
+        with closing(_Fusion(plan, plan_dir, checkpoints, pool, watch)) as fusion:
+            sha256 = fusion.write_shards(layouts, staging)
+        return write_companions(plan, plan_dir, base, staging.files, layouts, sha256)
 
 
 def _check_companions(plan: Plan, base: Path, target: Target) -> None:
@@ -81,7 +88,7 @@ def _check_companions(plan: Plan, base: Path, target: Target) -> None:
         check_replaceable(base, problems)
     if problems:
         raise CheckpointError(problems)
-    check_disk(needed, target.directory)
+    check_disk(needed - staged_bytes(target.directory), target.directory)
 
 
 def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
@@ -155,9 +162,13 @@ def _change(now: tuple[int, str] | None, then: tuple[int, str] | None) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """One chunk of one tensor; `number` counts the tensor's chunks, `offset` the bytes before it in its shard."""
+    """One chunk of one tensor; `number` counts the tensor's chunks, `offset` the bytes before it in its shard.
+
+    `place` is the tensor's number in its shard.
+    """
 
     tensor: TensorPlan
+    place: int
     chunk: Chunk
     number: int
     last: bool
@@ -177,12 +188,12 @@ class _Fusion:
     """Fuses chunks on the workers and writes them in order."""
 
     def __init__(
-        self, plan: Plan, plan_dir: Path, checkpoints: Mapping[str, Checkpoint], pool: Workers, progress: Progress
+        self, plan: Plan, plan_dir: Path, checkpoints: Mapping[str, Checkpoint], pool: Workers, watch: Watch
     ) -> None:
         self.plan = plan
         self.checkpoints = checkpoints
         self.pool = pool
-        self.progress = progress
+        self.watch = watch
         with ExitStack() as opened:
             self.cores = {
                 task.name: opened.enter_context(closing(CoreReader(plan_dir / task.core_file, task.core_xxh3)))
@@ -198,32 +209,59 @@ class _Fusion:
     def close(self) -> None:
         self._opened.close()
 
-    def write_shard(self, layout: ShardLayout, directory: Path) -> str:
-        """Fuse and write one shard; returns its sha256."""
+    def write_shards(self, layouts: Sequence[ShardLayout], staging: Staging) -> dict[str, str]:
+        """Fuse and write every shard, but for what an earlier run has done; returns their sha256 by filename."""
+        _prepare(layouts, staging.files)
+        known = shard_records(staging.done)
+        sha256 = {
+            name: record.sha256
+            for name, record in known.items()
+            if isinstance(record, FinishedShard) and record.holds(staging.files / name)
+        }
+        left = [layout for layout in layouts if layout.filename not in sha256]
+        self.done = self.total - sum(tensor.nbytes for layout in left for tensor in layout.tensors)
+        for layout in left:
+            file = staging.files / layout.filename
+            with closing(ShardWriter(file, layout.header(), staging.journal.append)) as writer:
+                tensors = _taken_over(writer, layout, known.get(layout.filename))
+                self.done += sum(tensor.nbytes for tensor in layout.tensors[:tensors])
+                if layout is left[0]:
+                    self._tell_resumed()
+                sha256[layout.filename] = self._write_shard(layout, writer, tensors)
+        if not left:
+            self._tell_resumed()
+        return {layout.filename: sha256[layout.filename] for layout in layouts}
+
+    def _tell_resumed(self) -> None:
+        if self.done:
+            self.watch.resumed(self.done, self.total)
+
+    def _write_shard(self, layout: ShardLayout, writer: ShardWriter, tensors: int) -> str:
+        """Fuse and write one shard, whose first `tensors` are there; returns its sha256."""
         seen: dict[str, list[int]] = {}
-        with (
-            closing(ShardWriter(directory / layout.filename, layout.header())) as writer,
-            closing(self.pool.map(partial(self._fuse, writer), self._jobs(layout))) as results,
-        ):
+        with closing(self.pool.map(partial(self._fuse, writer), self._jobs(layout, tensors))) as results:
             for fused in results:
                 for name, digest in fused.digests.items():
                     seen.setdefault(name, []).append(digest)
+                writer.hash(fused.data)
                 if fused.job.last:
                     self._check_unchanged(fused.job.tensor, seen)
                     seen = {}
-                writer.hash(fused.data)
+                    writer.mark(fused.job.place + 1)
                 self.done += fused.data.nbytes
-                self.progress("fuse", self.done, self.total)
+                self.watch.progress("fuse", self.done, self.total)
             return writer.finish()
 
-    def _jobs(self, layout: ShardLayout) -> Iterator[_Job]:
+    def _jobs(self, layout: ShardLayout, first: int) -> Iterator[_Job]:
+        """The chunks of a shard's tensors from number `first` on."""
         tensors = {tensor.name: tensor for tensor in self.plan.tensors}
         begin = 0
-        for output in layout.tensors:
-            every = chunks(output.shape, self.plan.settings.granularity)
+        for place, output in enumerate(layout.tensors):
+            every = chunks(output.shape, self.plan.settings.granularity) if place >= first else []
             item = ITEM_BYTES[output.dtype]
             for number, chunk in enumerate(every):
-                yield _Job(tensors[output.name], chunk, number, number == len(every) - 1, begin + chunk.start * item)
+                last = number == len(every) - 1
+                yield _Job(tensors[output.name], place, chunk, number, last, begin + chunk.start * item)
             begin += output.nbytes
 
     def _check_unchanged(self, tensor: TensorPlan, seen: Mapping[str, Sequence[int]]) -> None:
@@ -291,6 +329,28 @@ class _Fusion:
             where = f"tensor {job.tensor.name!r}: flat index {job.chunk.start + place}"
             raise IncompatibleError(f"{where}: the result does not fit {dtype}. {way_out}")
         return bits
+
+
+def _taken_over(writer: ShardWriter, layout: ShardLayout, record: ShardRecord | None) -> int:
+    """How many tensors of a shard an earlier run has written and the writer goes on from."""
+    if isinstance(record, BegunShard) and record.fits(layout) and writer.go_on(record):
+        return record.tensors
+    return 0
+
+
+def _prepare(layouts: Sequence[ShardLayout], directory: Path) -> None:
+    """Set the disk's space aside for every shard; what else lies there is an earlier run's, and made anew."""
+    shards = {layout.filename: layout for layout in layouts}
+    for entry in os.scandir(directory):
+        if entry.name not in shards:
+            remove(Path(entry.path))
+    for name, layout in shards.items():
+        handle = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            reserve(handle, len(layout.header()) + sum(tensor.nbytes for tensor in layout.tensors))
+        finally:
+            os.close(handle)
+    flush(directory)
 
 
 NO_POSITIONS = np.empty(0, np.uint32)

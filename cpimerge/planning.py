@@ -24,27 +24,29 @@ from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, 
 from .preflight import Inputs, TensorSpec
 from .references import Reference, planned_path
 from .shelf import Shelf
-from .stream import Progress, workers
-from .writer import staged_directory
+from .staging import Target, Watch, Work, staged_directory
+from .stream import workers
 
 __all__ = ["make_plan"]
 
 
-def make_plan(inputs: Inputs, out: Path, budget: Budget, force: bool, progress: Progress) -> Plan:
-    """Read all inputs once and write the plan directory `out`.
+def make_plan(inputs: Inputs, target: Target, budget: Budget, watch: Watch) -> Plan:
+    """Read all inputs once and write the plan directory `target`.
 
     Raises IncompatibleError for what only the data show (NaN, Inf, unequal non-float tensors), CheckpointError for
-    files that change or cannot be read, OutputError where `out` cannot be written.
+    files that change or cannot be read, OutputError where the target cannot be written.
     """
     threads = workers(budget.threads, len(inputs.checkpoints))
     with (
-        staged_directory(out, force, inputs.directories) as directory,
-        closing(_PlanFiles(inputs, directory)) as files,
+        staged_directory(target, inputs.directories, Work("plan", "")) as staging,
         threads as pool,
     ):
-        findings = Analysis(inputs, pool, files.shelf, files.add, progress).run()
-        plan = _conclude(inputs, findings, files).sealed()
-        plan.save(directory)
+        if staging.is_published:
+            return Plan.load(target.directory)
+        with closing(_PlanFiles(inputs, staging.files)) as files:
+            findings = Analysis(inputs, pool, files.shelf, files.add, watch.progress).run()
+            plan = _conclude(inputs, findings, files).sealed()
+            plan.save(staging.files)
     return plan
 
 

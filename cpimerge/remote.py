@@ -22,7 +22,7 @@ from .hub import Listing, RemoteFile, fetch, fetch_part, list_model
 from .models import Located, locate_both
 from .pieces import StreamedTensor, Weights
 from .references import STREAMED, HubModel, Place, Reference
-from .writer import private_directory
+from .staging import private_directory
 
 __all__ = ["Streams", "streams"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +22,6 @@ from .errors import CpimergeError, OutputError
 __all__ = ["Screen"]
 
 MAX_SHOWN_PROBLEMS = 100
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 NORMAL_COLUMNS, NORMAL_ROWS = 80, 24
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +34,7 @@ class Screen:
         self.quiet = quiet
         self.as_json = as_json
         self.debug = debug
+        self._done_before = 0  # bytes of the phase to come
 
     def show(self, *renderables: Any) -> None:
         """Print results for people."""
@@ -53,13 +55,18 @@ class Screen:
         if not self.quiet:
             click.echo(line, err=True)
 
+    def resumed(self, done: int, total: int) -> None:
+        """Say that a run goes on where an earlier one was cut off."""
+        self._done_before = done
+        self.tell(f"going on where an earlier run was cut off: {format_size(done)} of {format_size(total)} were done")
+
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A callback for the library: a bar a phase on a terminal, plain lines otherwise, nothing when quiet."""
         if self.quiet:
             yield lambda phase, done, total: None
         elif sys.stderr.isatty():
-            with _bars() as update:
+            with self._bars() as update:
                 yield update
         else:
             yield _lines()
@@ -68,29 +75,89 @@ class Screen:
     def errors(self) -> Iterator[None]:
         """Whatever is raised becomes lines on stderr and an exit code; --debug adds where it came from."""
         try:
-            yield
+            with _signals():
+                yield
         except (click.ClickException, click.exceptions.Exit):
             raise
         except CpimergeError as error:
-            self._fail(error.problems)
-        except KeyboardInterrupt:
-            self._fail(["interrupted"], INTERRUPTED)
+            self._fail(error.problems, error)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            self._fail(["interrupted"], error, 128 + number)  # as shells report it
         except Exception as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._fail([f"unexpected {what}. Please report this, with what --debug shows"])
+            self._fail([f"unexpected {what}. Please report this, with what --debug shows"], error)
 
-    def _fail(self, problems: Sequence[str], code: int = 1) -> None:
+    def _fail(self, problems: Sequence[str], error: BaseException, code: int = 1) -> None:
         from .report import printable
 
+        notes: list[str] = getattr(error, "__notes__", [])
         if self.debug:
             traceback.print_exc()
         for problem in problems[:MAX_SHOWN_PROBLEMS]:
             click.echo(f"error: {printable(problem)}", err=True)
         if len(problems) > MAX_SHOWN_PROBLEMS:
             click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+        for note in notes:
+            click.echo(f"note: {printable(note)}", err=True)
         with suppress(OutputError):  # it may be the very problem
-            self.data({"errors": list(problems)})
+            self.data({"errors": list(problems)} | ({"notes": notes} if notes else {}))
         sys.exit(code)
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress]:
+        """A bar for the phase at hand, with rate and time left; it goes when the phase ends."""
+        from tqdm import tqdm
+
+        new_bar = partial(tqdm, unit="B", unit_scale=True, leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS)
+        bars: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                bars[phase] = new_bar(total=total, desc=phase, initial=self._done_before)
+                self._done_before = 0
+            bars[phase].update(done - bars[phase].n)
+            if done >= total:
+                bars[phase].close()
+
+        try:
+            yield update
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end, and which one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """The first request to end is raised, so that the work stops cleanly; the second ends the process at once."""
+
+    def first(number: int, frame: object) -> None:
+        for which in before:
+            signal.signal(which, second)
+        raise Stopped(number)
+
+    def second(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+        before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {which: now for which, now in before.items() if now != signal.SIG_IGN}  # as nohup wants it
+    try:
+        for which in before:
+            signal.signal(which, first)
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 def _write(text: str) -> None:
@@ -111,28 +178,6 @@ def _columns(terminal: TextIO) -> int:
         return os.get_terminal_size(terminal.fileno()).columns or NORMAL_COLUMNS
     except OSError:
         return NORMAL_COLUMNS
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    """A bar for the phase at hand, with rate and time left; it goes when the phase ends."""
-    from tqdm import tqdm
-
-    new_bar = partial(tqdm, unit="B", unit_scale=True, leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS)
-    bars: dict[str, Any] = {}
-
-    def update(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            bars[phase] = new_bar(total=total, desc=phase)
-        bars[phase].update(done - bars[phase].n)
-        if done >= total:
-            bars[phase].close()
-
-    try:
-        yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def _lines() -> Progress:

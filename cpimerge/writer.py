@@ -1,4 +1,4 @@
-"""Writes safetensors shards byte by byte, and directories that appear only when all of them is on disk.
+"""Writes safetensors shards byte by byte, so that a run that is cut off can be gone on with.
 
 A shard has the bytes that the safetensors reference writer gives it: tensors by falling dtype rank, then by name;
 the header padded with spaces to 8 bytes.
@@ -6,51 +6,44 @@ the header padded with spaces to 8 bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
 from .budget import parse_size
 from .checkpoint import ITEM_BYTES
+from .disk import flush_data, write_at
 from .errors import OutputError
+from .journal import Record
 
 __all__ = [
+    "BegunShard",
+    "FinishedShard",
     "OutputTensor",
     "ShardLayout",
+    "ShardRecord",
     "ShardWriter",
-    "Target",
-    "check_target",
     "index_json",
-    "private_directory",
     "shard_layouts",
     "shard_limit",
-    "staged_directory",
+    "shard_records",
 ]
 
 FLUSH_BYTES = 64_000_000  # written before the disk is asked to take them
+REREAD_BYTES = 1 << 20
 MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's "5GB"
 # The reference writer's order of dtypes within a file.
 RANK = ("U64", "I64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
-
-
-_flush_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where an output goes. `force`: it replaces what is there. `shard_bytes`: of tensors, the most in one file."""
-
-    directory: Path
-    force: bool = False
-    shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +124,71 @@ def index_json(layouts: Sequence[ShardLayout]) -> str:
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
-class ShardWriter:
-    """Writes one file. What was written goes to the disk while more is being made, not all of it at the end."""
+class FinishedShard(BaseModel):
+    """A record of a shard that is all on the disk: sizes in bytes, its sha256, and when it was last written."""
 
-    def __init__(self, file: Path, header: bytes) -> None:
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    shard: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    def holds(self, file: Path) -> bool:
+        """Whether `file` still is what was recorded, as far as its entry in the directory tells. Raises OSError."""
+        try:
+            found = os.lstat(file)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+class BegunShard(BaseModel):
+    """A record of a shard whose first `tensors` are on the disk: the file's first `end` bytes, and their xxh3-64."""
+
+    model_config = FinishedShard.model_config
+
+    shard: str
+    tensors: int
+    end: int
+    xxh3: str
+
+    def fits(self, layout: ShardLayout) -> bool:
+        """Whether so many tensors of the shard end there."""
+        sizes = [tensor.nbytes for tensor in layout.tensors[: self.tensors]]
+        return 0 < self.tensors == len(sizes) and self.end == len(layout.header()) + sum(sizes)
+
+
+ShardRecord = FinishedShard | BegunShard
+_RECORDS: TypeAdapter[ShardRecord] = TypeAdapter(ShardRecord)
+
+
+def shard_records(done: Iterable[Record]) -> dict[str, ShardRecord]:
+    """The last that is known of each shard, by filename. What is no record of a shard is left out."""
+    records: dict[str, ShardRecord] = {}
+    for entry in done:
+        with suppress(ValidationError):
+            record = _RECORDS.validate_python(entry)
+            records[record.shard] = record
+    return records
+
+
+class ShardWriter:
+    """Writes one file. What was written goes to the disk while more is being made, not all of it at the end.
+
+    `record` is told, on any thread, what has arrived there.
+    """
+
+    def __init__(self, file: Path, header: bytes, record: Callable[[Record], None] = lambda record: None) -> None:
         self.data_begin = len(header)
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._file = file
+        self._record = record
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._sha256 = hashlib.sha256()
+        self._xxh3 = xxhash.xxh3_64()
         self._end = 0
+        self._mark: BegunShard | None = None
+        self._recorded: BegunShard | None = None
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="cpimerge-flush")
         self._flushing: Future[None] | None = None
         self._flush_at = FLUSH_BYTES
@@ -155,186 +205,77 @@ class ShardWriter:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write `data` at `offset`, in any order and on any thread; `hash` must be given the same, in order."""
-        while data:
-            count = os.pwrite(self._handle, data, offset)
-            data, offset = data[count:], offset + count
+        write_at(self._handle, data, offset)
 
     def hash(self, data: memoryview) -> None:
         """The next bytes of the file, which have been written."""
         self._sha256.update(data)
+        self._xxh3.update(data)
         self._end += len(data)
         if self._end >= self._flush_at and (self._flushing is None or self._flushing.done()):
             self._check_flushed()
             self._flush_at = self._end + FLUSH_BYTES
-            self._flushing = self._flusher.submit(_flush_data, self._handle)
+            self._flushing = self._flusher.submit(self._flush)
+
+    def mark(self, tensors: int) -> None:
+        """What was hashed so far are so many tensors, whole ones, from where a later run may go on."""
+        self._mark = BegunShard(shard=self._file.name, tensors=tensors, end=self._end, xxh3=self._xxh3.hexdigest())
+
+    def go_on(self, begun: BegunShard) -> bool:
+        """Take over what an earlier run wrote, in a new writer. False, and nothing is taken, where it is not there.
+
+        It is read again: for the sha256, and because a disk may lose what it said it had.
+        """
+        sha256, xxh3 = self._sha256.copy(), self._xxh3.copy()
+        buffer = memoryview(bytearray(REREAD_BYTES))
+        place = self._end
+        while place < begun.end:
+            count = os.preadv(self._handle, [buffer[: begun.end - place]], place)
+            if not count:
+                return False
+            sha256.update(buffer[:count])
+            xxh3.update(buffer[:count])
+            place += count
+        if xxh3.hexdigest() != begun.xxh3:
+            return False
+        self._sha256, self._xxh3, self._end = sha256, xxh3, place
+        self._mark = self._recorded = begun
+        return True
 
     def close(self) -> None:
-        """Close the file; once is enough."""
+        """Close the file, and keep what is whole of it for a later run; once is enough."""
         self._flusher.shutdown(wait=True)
-        handle, self._handle = self._handle, -1
-        if handle >= 0:
-            os.close(handle)
+        handle = self._handle
+        if handle < 0:
+            return
+        with suppress(OSError):  # what cannot be kept is done again
+            self._flush()
+        self._handle = -1
+        os.close(handle)
 
     def finish(self) -> str:
         """Flush to the disk and close; returns the file's sha256 in hex."""
         self._check_flushed()
+        self._flusher.shutdown(wait=True)
+        os.ftruncate(self._handle, self._end)
         os.fsync(self._handle)
-        self.close()
-        return self._sha256.hexdigest()
+        written = os.fstat(self._handle)
+        handle, self._handle = self._handle, -1
+        os.close(handle)
+        sha256 = self._sha256.hexdigest()
+        finished = FinishedShard(
+            shard=self._file.name, size=written.st_size, mtime_ns=written.st_mtime_ns, sha256=sha256
+        )
+        self._record(finished.model_dump())
+        return sha256
+
+    def _flush(self) -> None:
+        mark = self._mark  # before the flush: all that it speaks of was written
+        flush_data(self._handle)
+        if mark is not None and mark is not self._recorded:
+            self._record(mark.model_dump())
+            self._recorded = mark
 
     def _check_flushed(self) -> None:
         if self._flushing is not None:
             self._flushing.result()  # an error of the disk is reported once
-
-
-@contextmanager
-def staged_directory(target: Path, force: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends without an exception, and never otherwise.
-
-    It is `.<name>.partial` beside the target. A non-empty target is replaced only with `force`, and never where an
-    input lies in it. Raises OutputError.
-    """
-    inputs = tuple(inputs)
-    check_target(target, force, inputs)
-    real = _real(target)
-    staging = _beside(real, "partial")
-    with _output_errors(target), _locked(real):
-        try:
-            _remove(staging)  # what a killed run left
-            staging.mkdir()
-            yield staging
-            check_target(target, force, inputs)  # much may have happened since
-            _publish(staging, real)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already where it was published
-
-
-@contextmanager
-def private_directory(target: Path, suffix: str) -> Iterator[Path]:
-    """An empty directory for this run alone, hidden on the disk where `target` will be; gone afterwards.
-
-    Its name is fixed, so that what a killed run left there is replaced by the next. Raises OutputError.
-    """
-    real = _real(target)
-    parent = next(place for place in real.parents if place.is_dir())
-    directory = parent / f".{real.name}{suffix}"
-    with _output_errors(directory), _locked(directory):
-        try:
-            _remove(directory)
-            directory.mkdir()
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
-    """Raise OutputError where `target` must not be written: it holds files or an input, or an input holds it."""
-    real, inputs = _real(target), tuple(inputs)
-    for path in (*inputs, Path.cwd()):
-        if _real(path).is_relative_to(real):
-            raise OutputError(f"{target}: holds {path}, which would be lost. Give another output directory")
-    for path in inputs:
-        if real.is_relative_to(_real(path)):
-            raise OutputError(f"{target}: lies in {path}, which is an input. Give a directory outside of it")
-    with _output_errors(target):
-        nearest = next(place for place in (real, *real.parents) if place.exists())
-        if not nearest.is_dir():
-            raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
-        if os.path.ismount(real):
-            raise OutputError(f"{target}: is a mount point, which cannot be replaced. Give a new directory in it")
-        if real.is_dir() and not force and any(real.iterdir()):
-            raise OutputError(f"{target}: not empty. Give another output directory, or --force to replace all of it")
-
-
-def _real(path: Path) -> Path:
-    """Absolute and without links: what is written lands where a link points, not in the place of the link."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
-
-
-def _beside(real: Path, purpose: str) -> Path:
-    """A hidden neighbour of the target, on the same disk."""
-    return real.with_name(f".{real.name}.{purpose}")
-
-
-@contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror or str(error)
-        place = f"{error.filename}: " if error.filename else ""
-        raise OutputError(f"{target}: cannot be written: {place}{cause}") from error
-
-
-@contextmanager
-def _locked(real: Path) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the target, so that no other run writes there. Raises OutputError where one does."""
-    real.parent.mkdir(parents=True, exist_ok=True)
-    file = _beside(real, "lock")
-    try:
-        handle = _lock(file)
-    except BlockingIOError as error:
-        raise OutputError(f"{real}: another run is writing it. Wait for it, or give another directory") from error
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _lock(file: Path) -> int:
-    """An open handle that holds the lock, on the file that is there now: its last owner may have unlinked it.
-
-    Raises BlockingIOError where another run holds it.
-    """
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, file):
-                return handle
-        except OSError:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_at(handle: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _publish(staging: Path, real: Path) -> None:
-    """Flush everything, then rename. A target that is replaced steps aside first and goes last."""
-    for directory, _, files in os.walk(staging):
-        for name in (*files, "."):
-            _flush(Path(directory, name))
-    replaced = _beside(real, "replaced")
-    _remove(replaced)
-    if real.exists():
-        os.rename(real, replaced)
-    try:
-        os.rename(staging, real)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, real)
-        raise
-    _flush(real.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

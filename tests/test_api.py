@@ -213,15 +213,19 @@ def test_progress_never_falls_and_ends_at_the_total(models: Path, tmp_path: Path
         assert len(steps) > 1
 
 
-@pytest.mark.parametrize("phase", ["plan", "fuse"])
-def test_what_a_callback_raises_ends_the_run_and_leaves_nothing(models: Path, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize(("phase", "left"), [("plan", []), ("fuse", [".out.merge", ".out.partial"])])
+def test_what_a_callback_raises_ends_the_run(models: Path, tmp_path: Path, phase: str, left: list[str]) -> None:
+    """What was done stays for the next run, if that was anything."""
+
     def progress(now: str, done: int, total: int) -> None:
         if now == phase:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cpimerge.merge(models / "recipe.yml", tmp_path / "out", progress=progress, threads=2)
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    cpimerge.merge(models / "recipe.yml", tmp_path / "out", threads=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- fuse and merge ---------------------------------------------------------------------------------
@@ -265,14 +269,14 @@ def test_merge_takes_relative_paths(models: Path, tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("watched", ["announce", "planned"])
-def test_merge_leaves_nothing_where_a_callback_objects(models: Path, tmp_path: Path, watched: str) -> None:
+@pytest.mark.parametrize(("watched", "left"), [("announce", []), ("planned", [".out.merge"])])
+def test_merge_where_a_callback_objects(models: Path, tmp_path: Path, watched: str, left: list[str]) -> None:
     watcher = Watcher(fail=watched)
     objecting: dict[str, Any] = {watched: watcher.callback(watched)}
     with pytest.raises(KeyError, match=watched):
         cpimerge.merge(models / "recipe.yml", tmp_path / "deep" / "out", **objecting)
     assert len(watcher.calls) == 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == left
 
 
 def test_merge_leaves_nothing_where_fusing_fails(models: Path, tmp_path: Path) -> None:
@@ -320,9 +324,9 @@ def test_an_output_below_a_file_is_refused_before_anything_is_read(models: Path,
     assert not watcher.calls
 
 
-def test_what_a_killed_merge_left_is_replaced(models: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / ".out.plan"
-    leftover.mkdir()
+def test_merge_takes_no_plan_that_it_did_not_make(models: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.merge" / "plan"
+    leftover.mkdir(parents=True)
     (leftover / "plan.json").write_text("half a plan")
     cpimerge.merge(models / "recipe.yml", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -471,7 +471,7 @@ def test_version_as_a_module() -> None:
     assert (result.returncode, result.stdout) == (0, f"cpimerge, version {cpimerge.__version__}\n")
 
 
-@pytest.mark.parametrize(("phase", "command"), [("plan", "plan"), ("plan", "merge"), ("fuse", "merge")])
+@pytest.mark.parametrize(("phase", "command"), [("plan", "plan"), ("plan", "merge")])
 def test_an_interrupt_is_one_line_and_leaves_nothing(models: Path, tmp_path: Path, phase: str, command: str) -> None:
     arguments = (phase, command, models / "recipe.yml", "-o", tmp_path / "out", "--json")
     result = process(*arguments, code=INTERRUPT_SELF)

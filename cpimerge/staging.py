@@ -1,0 +1,380 @@
+"""Directories that appear only when all of them is on the disk, and what a run that was cut off leaves for the next.
+
+A target `out` is filled beside itself, on the same disk:
+
+    .out.partial/journal    what is done, and what for (journal.py)
+    .out.partial/files/     becomes `out` by one rename
+    .out.partial/…          whatever else the run needs until then
+    .out.lock               held by the run that writes there
+
+A run that is killed or fails leaves this, and the same run goes on with it. What a run of another kind left is not
+touched until somebody says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .disk import flush, held_bytes
+from .errors import IncompatibleError, OutputError, PlanError
+from .journal import Journal, Record
+from .writer import MAX_SHARD_BYTES
+
+__all__ = [
+    "Staging",
+    "Target",
+    "Watch",
+    "Work",
+    "check_target",
+    "private_directory",
+    "remove",
+    "resumable_directory",
+    "staged_bytes",
+    "staged_directory",
+]
+
+FORMAT = {"format": "cpimerge journal", "version": 1, "cpimerge": __version__}
+# The inputs must change before the same work can be done, so what was done of it is worth nothing.
+VERDICTS = (IncompatibleError, PlanError)
+ADDED_TO_NAMES = 24  # bytes, at most, of what is put around a target's name
+MAX_NAME = 255  # bytes, of every file system in use
+GO_ON = "what is done so far is kept: the same command goes on from there, --restart begins anew"
+
+
+Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
+Resumed = Callable[[int, int], None]  # bytes that an earlier run has done, bytes in all
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how far a run is, and once, before, if it goes on where an earlier one was cut off."""
+
+    progress: Progress
+    resumed: Resumed
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an output goes.
+
+    `force`: it replaces what is there. `restart`: what an earlier run left unfinished is deleted. `shard_bytes`: of
+    tensors, the most in one file of a model. `keep_journal`: it stays beside the output, so that the next run sees
+    that the output is there already.
+    """
+
+    directory: Path
+    force: bool = False
+    restart: bool = False
+    shard_bytes: int = MAX_SHARD_BYTES
+    keep_journal: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is being done: runs of one `kind` ("plan", "fuse") and one `identity`, a hash, end in the same bytes."""
+
+    kind: str
+    identity: str
+
+    @property
+    def opening(self) -> Record:
+        """The first record of its journal."""
+        return {**FORMAT, "kind": self.kind, "identity": self.identity}
+
+
+@dataclass(frozen=True)
+class Staging:
+    """An output in the making: `files` becomes the target; whatever else lies in `root` does not.
+
+    `done` are the records of earlier runs of this work, whose files are still there. `is_published`: an earlier run
+    came to its end, but for cleaning up: the target is there, and there is nothing to do.
+    """
+
+    root: Path
+    journal: Journal
+    done: list[Record]
+    is_published: bool = False
+
+    @property
+    def files(self) -> Path:
+        return _files(self.root)
+
+
+@contextmanager
+def staged_directory(target: Target, inputs: Iterable[Path], work: Work) -> Iterator[Staging]:
+    """A directory to fill, which becomes the target when the block ends without an exception, and never otherwise.
+
+    What is in it then stays for the next run of the same `work`, unless nothing was recorded in the journal or the
+    exception is a verdict on the inputs. A non-empty target is replaced only with `force`, and never where an input
+    lies in it. Raises OutputError, also where something else was left unfinished there.
+    """
+    inputs = tuple(inputs)
+    check_target(target.directory, target.force, inputs)
+    real = _real(target.directory)
+    with _output_errors(target.directory), _locked(real):
+        _restore_replaced(real)
+        with _opened(real, target, work) as staging:
+            if not staging.is_published:
+                check_target(target.directory, target.force, inputs)
+            with _output_errors(target.directory):
+                yield staging
+            if not staging.is_published:
+                check_target(target.directory, target.force, inputs)  # much may have happened since
+                _publish(staging.files, real)
+        if not target.keep_journal:
+            shutil.rmtree(_beside(real, "partial"), ignore_errors=True)
+
+
+@contextmanager
+def _opened(real: Path, target: Target, work: Work) -> Iterator[Staging]:
+    """The staging directory: new, or what an earlier run of this work left."""
+    root = _beside(real, "partial")
+    done = [] if target.restart else _left_over(root, target.directory, work)
+    is_published = bool(done) and _was_published(root, real)
+    if not is_published and (len(done) < 2 or not _is_directory(_files(root))):
+        remove(root)
+        done = []
+        _files(root).mkdir(parents=True)
+    journal = Journal(root / "journal")
+    recorded = journal.records
+    try:
+        if not done:
+            journal.append(work.opening)
+            recorded += 1
+            for directory in (root, root.parent):
+                flush(directory)  # that the journal is there
+        yield Staging(root, journal, done[1:], is_published)
+    except BaseException as error:
+        if (done[1:] or journal.records > recorded) and not isinstance(error, VERDICTS):
+            error.add_note(GO_ON)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+    finally:
+        journal.close()
+
+
+def _left_over(root: Path, target: Path, work: Work) -> list[Record]:
+    """The records that an earlier run of this work left, the opening first; none where there is nothing to go on with.
+
+    Raises OutputError where it was other work, of which something was done.
+    """
+    if not _is_directory(root) or not (root / "journal").is_file():
+        return []
+    journal = Journal(root / "journal")
+    journal.close()
+    done = journal.earlier
+    if not done or done[0] == work.opening:
+        return done
+    if len(done) == 1:
+        return []
+    raise OutputError(
+        f"{target}: {root} holds the beginning of {_described(done[0], work)}. Finish that with the command that began "
+        "it, give another output directory, or delete what was done of it with --restart"
+    )
+
+
+def _was_published(root: Path, real: Path) -> bool:
+    """Whether the run that left `root` had put its output in place."""
+    return (root / "journal").is_file() and not os.path.lexists(_files(root)) and real.exists()
+
+
+def _files(root: Path) -> Path:
+    return root / "files"
+
+
+def _described(opening: Record, work: Work) -> str:
+    """How the work that was left differs from `work`."""
+    if {key: opening.get(key) for key in ("format", "version")} != {key: FORMAT[key] for key in ("format", "version")}:
+        return "something that this cpimerge does not know"
+    if opening.get("cpimerge") != __version__:
+        return f"a {work.kind} by cpimerge {opening.get('cpimerge')}, and this is {__version__}"
+    if opening.get("kind") != work.kind:
+        return f"a {opening.get('kind')}, and this is a {work.kind}"
+    return f"another {work.kind}: of other inputs or settings"
+
+
+def staged_bytes(target: Path) -> int:
+    """What an earlier run holds of the disk for this target. Raises OutputError."""
+    real = _real(target)
+    root = _beside(real, "partial")
+    with _output_errors(target):
+        return held_bytes(root) + (held_bytes(real) if _was_published(root, real) else 0)
+
+
+@contextmanager
+def private_directory(target: Path, suffix: str) -> Iterator[Path]:
+    """An empty directory for this run alone, hidden on the disk where `target` will be; gone afterwards.
+
+    Its name is fixed, so that what a killed run left there is replaced by the next. Raises OutputError.
+    """
+    with _beside_target(target, suffix) as directory:
+        try:
+            remove(directory)
+            directory.mkdir()
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(target: Target, suffix: str) -> Iterator[Path]:
+    """As `private_directory`, for what the next run may go on with: it stays where one is killed, or fails midway.
+
+    An exception that is a verdict on the inputs deletes it, and so does `restart` at the start.
+    """
+    with _beside_target(target.directory, suffix) as directory:
+        if target.restart:
+            remove(directory)
+        directory.mkdir(exist_ok=True)
+        try:
+            yield directory
+        except BaseException as error:
+            if isinstance(error, VERDICTS) or not any(directory.iterdir()):
+                shutil.rmtree(directory, ignore_errors=True)
+            elif GO_ON not in getattr(error, "__notes__", ()):
+                error.add_note(GO_ON)
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _beside_target(target: Path, suffix: str) -> Iterator[Path]:
+    """The place of a hidden directory in the nearest parent of `target` that is there, locked."""
+    real = _real(target)
+    parent = next(place for place in real.parents if place.is_dir())
+    directory = parent / f".{real.name}{suffix}"
+    with _output_errors(directory), _locked(directory):
+        yield directory
+
+
+def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
+    """Raise OutputError where `target` must not be written: it holds files or an input, or an input holds it."""
+    real, inputs = _real(target), tuple(inputs)
+    for path in (*inputs, Path.cwd()):
+        if _real(path).is_relative_to(real):
+            raise OutputError(f"{target}: holds {path}, which would be lost. Give another output directory")
+    for path in inputs:
+        if real.is_relative_to(_real(path)):
+            raise OutputError(f"{target}: lies in {path}, which is an input. Give a directory outside of it")
+    with _output_errors(target):
+        room = MAX_NAME - ADDED_TO_NAMES
+        if len(os.fsencode(real.name)) > room:
+            raise OutputError(f"{target}: its name is too long: {room} bytes at most. Give another output directory")
+        nearest = next(place for place in (real, *real.parents) if place.exists())
+        if not nearest.is_dir():
+            raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
+        if os.path.ismount(real):
+            raise OutputError(f"{target}: is a mount point, which cannot be replaced. Give a new directory in it")
+        if real.is_dir() and not force and any(real.iterdir()) and not _was_published(_beside(real, "partial"), real):
+            raise OutputError(f"{target}: not empty. Give another output directory, or --force to replace all of it")
+
+
+def _real(path: Path) -> Path:
+    """Absolute and without links: what is written lands where a link points, not in the place of the link."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def _beside(real: Path, purpose: str) -> Path:
+    """A hidden neighbour of the target, on the same disk."""
+    return real.with_name(f".{real.name}.{purpose}")
+
+
+@contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error)
+        place = f"{error.filename}: " if error.filename else ""
+        raised = OutputError(f"{target}: cannot be written: {place}{cause}")
+        for note in getattr(error, "__notes__", ()):
+            raised.add_note(note)
+        raise raised from error
+
+
+@contextmanager
+def _locked(real: Path) -> Iterator[None]:
+    """Hold `.<name>.lock` beside the target, so that no other run writes there. Raises OutputError where one does."""
+    real.parent.mkdir(parents=True, exist_ok=True)
+    file = _beside(real, "lock")
+    try:
+        handle = _lock(file)
+    except BlockingIOError as error:
+        raise OutputError(f"{real}: another run is writing it. Wait for it, or give another directory") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(file: Path) -> int:
+    """An open handle that holds the lock, on the file that is there now: its last owner may have unlinked it.
+
+    Raises BlockingIOError where another run holds it.
+    """
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, file):
+                return handle
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _publish(files: Path, real: Path) -> None:
+    """Flush everything, then rename. A target that is replaced steps aside first and goes last."""
+    for directory, _, names in os.walk(files):
+        for name in (*names, "."):
+            flush(Path(directory, name))
+    replaced = _beside(real, "replaced")
+    if real.exists():
+        os.rename(real, replaced)
+    try:
+        os.rename(files, real)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, real)
+        raise
+    flush(real.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _restore_replaced(real: Path) -> None:
+    """Bring back what stepped aside where a run was killed before its output took the place; or remove it."""
+    replaced = _beside(real, "replaced")
+    if real.exists() or not replaced.is_dir():
+        remove(replaced)
+    else:
+        os.rename(replaced, real)
+
+
+def _is_directory(path: Path) -> bool:
+    """And no link to one, which might lead anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory with all that is in it, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
