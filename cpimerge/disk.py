@@ -37,16 +37,21 @@ def flush(path: Path) -> None:
 def reserve(handle: int, nbytes: int) -> None:
     """Set aside the disk's space for the first `nbytes` of a file, whose size stays as it is.
 
-    Where the system or the file system cannot, nothing is set aside. Raises OSError where the disk lacks the space.
+    Where the system or the file system cannot, nothing is set aside. Raises OSError where the disk lacks the space,
+    without taking what is left of it.
     """
     allocate = _fallocate()
     if allocate is None or nbytes <= 0:
         return
+    held, free = os.fstat(handle).st_blocks * BLOCK_BYTES, os.fstatvfs(handle)
+    if nbytes - held > free.f_bavail * free.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     while allocate(handle, KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         code = ctypes.get_errno()
         if code in NOT_OFFERED:
             return
         if code != errno.EINTR:
+            os.ftruncate(handle, os.fstat(handle).st_size)  # what it got before it failed
             raise OSError(code, os.strerror(code))
 
 
