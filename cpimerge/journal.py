@@ -26,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             self.earlier, self._end = _whole_records(file.read_bytes())
             os.ftruncate(self._handle, self._end)

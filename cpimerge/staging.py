@@ -166,7 +166,7 @@ def _left_over(root: Path, target: Path, work: Work) -> list[Record]:
 
     Raises OutputError where it was other work, of which something was done.
     """
-    if not _is_directory(root) or not (root / "journal").is_file():
+    if not _is_directory(root) or not (root / "journal").is_file() or (root / "journal").is_symlink():
         return []
     journal = Journal(root / "journal")
     journal.close()

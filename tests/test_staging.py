@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +21,10 @@ from checkpoints import save, write_recipe
 from files import tree
 from safetensors.torch import load_file
 
-from cpimerge import OutputError, fuse, plan, staging
-from cpimerge.staging import Target, Work, check_target, staged_directory
+import cpimerge
+from cpimerge import CpimergeError, IncompatibleError, OutputError, PlanError, fuse, plan, staging
+from cpimerge.journal import Journal
+from cpimerge.staging import Target, Work, check_target, resumable_directory, staged_directory
 
 WORK = Work("plan", "this")
 
@@ -240,6 +244,245 @@ def test_other_leftovers(tmp_path: Path, leftover: str) -> None:
         (tmp_path / ".out.partial").symlink_to("precious")
     produce(tmp_path / "out")
     assert sorted(tree(tmp_path)) == ["out", "out/file", "precious", "precious/file"]
+
+
+# --- what is gone on with ---------------------------------------------------------------------------
+
+
+def cut_off(target: Path, work: Work = WORK, error: BaseException | None = None) -> BaseException:
+    """Write half of a directory, record that, and fail; returns what was raised."""
+    error = error or KeyboardInterrupt()
+
+    def run() -> None:
+        with staged_directory(Target(target), [], work) as made:
+            (made.files / "half").write_text("half")
+            made.journal.append({"done": "half"})
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        run()
+    return raised.value
+
+
+def test_what_was_recorded_is_gone_on_with(tmp_path: Path) -> None:
+    error = cut_off(tmp_path / "out")
+    assert error.__notes__ == [staging.GO_ON]
+    assert sorted(tree(tmp_path)) == [
+        ".out.partial",
+        ".out.partial/files",
+        ".out.partial/files/half",
+        ".out.partial/journal",
+    ]
+    with staged_directory(Target(tmp_path / "out"), [], WORK) as made:
+        assert (made.done, made.is_published) == ([{"done": "half"}], False)
+        (made.files / "other").write_text("half")
+    assert tree(tmp_path) == {"out": None, "out/half": b"half", "out/other": b"half"}
+
+
+def test_a_run_that_did_nothing_more_leaves_what_was_there(tmp_path: Path) -> None:
+    cut_off(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError) as raised, staged_directory(Target(tmp_path / "out"), [], WORK):
+        _ = 1 / 0
+    assert raised.value.__notes__ == [staging.GO_ON]
+    assert tree(tmp_path) == before
+
+
+def test_restart_begins_anew(tmp_path: Path) -> None:
+    cut_off(tmp_path / "out")
+    with staged_directory(Target(tmp_path / "out", restart=True), [], WORK) as made:
+        assert (made.done, list(made.files.iterdir())) == ([], [])
+    assert tree(tmp_path) == {"out": None}
+
+
+@pytest.mark.parametrize("verdict", [PlanError, IncompatibleError])
+def test_nothing_stays_of_what_can_never_be_done(tmp_path: Path, verdict: type[CpimergeError]) -> None:
+    error = cut_off(tmp_path / "out", error=verdict("the inputs are not what they were"))
+    assert not hasattr(error, "__notes__")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity", "version", "found"),
+    [
+        ("plan", "that", None, "another plan: of other inputs or settings"),
+        ("fuse", "this", None, "a fuse, and this is a plan"),
+        ("plan", "this", "0.0.1", f"a plan by cpimerge 0.0.1, and this is {cpimerge.__version__}"),
+        ("plan", "this", 2, "something that this cpimerge does not know"),
+    ],
+)
+def test_other_work_is_not_touched(
+    tmp_path: Path, kind: str, identity: str, version: str | int | None, found: str
+) -> None:
+    key = "version" if isinstance(version, int) else "cpimerge"
+    with mock.patch.dict(staging.FORMAT, {} if version is None else {key: version}):
+        cut_off(tmp_path / "out", Work(kind, identity))
+    before = tree(tmp_path)
+    with pytest.raises(OutputError) as raised:
+        produce(tmp_path / "out", force=True)
+    assert str(raised.value) == (
+        f"{tmp_path}/out: {tmp_path}/.out.partial holds the beginning of {found}. Finish that with the command that "
+        "began it, give another output directory, or delete what was done of it with --restart"
+    )
+    assert tree(tmp_path) == before
+    produce(tmp_path / "elsewhere")
+    with staged_directory(Target(tmp_path / "out", restart=True), [], WORK):
+        pass
+    assert sorted(tree(tmp_path)) == ["elsewhere", "elsewhere/file", "out"]
+
+
+def test_other_work_of_which_nothing_was_done_is_replaced(tmp_path: Path) -> None:
+    root = tmp_path / ".out.partial"
+    (root / "files").mkdir(parents=True)
+    with closing(Journal(root / "journal")) as journal:
+        journal.append(Work("plan", "that").opening)
+    produce(tmp_path / "out")
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+
+
+@pytest.mark.parametrize("planted", ["files", "root", "journal"])
+def test_links_in_the_place_of_what_was_left_are_not_followed(tmp_path: Path, planted: str) -> None:
+    cut_off(tmp_path / "out")
+    root = tmp_path / ".out.partial"
+    place = {"files": root / "files", "root": root, "journal": root / "journal"}[planted]
+    (tmp_path / "precious").mkdir()
+    place.rename(tmp_path / "precious" / "it")
+    place.symlink_to(tmp_path / "precious" / "it")
+    before = tree(tmp_path / "precious")
+    produce(tmp_path / "out")
+    assert tree(tmp_path / "out") == {"file": b"new"}
+    assert tree(tmp_path / "precious") == before
+
+
+# --- killed at the end ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing is cleaned up after it, as the test sees to."""
+
+
+def killed_at(target: Path, call: str, source: str, force: bool = False) -> None:
+    """Write "new" to a directory, and die just before the rename, or the removal, of `source`."""
+    dead: list[Path] = []
+
+    def patched(real: Callable[..., None]) -> Callable[..., None]:
+        def run(path: Path, *arguments: Any, **keywords: Any) -> None:
+            if dead or (real.__name__, Path(path).name) == (call, source):
+                dead.append(path)
+                raise Killed
+            real(path, *arguments, **keywords)
+
+        return run
+
+    def publish() -> None:
+        with staged_directory(Target(target, force), [], WORK) as made:
+            (made.files / "file").write_text("new")
+            made.journal.append({"done": "all"})
+
+    rename, rmtree = patched(os.rename), patched(shutil.rmtree)
+    with mock.patch("os.rename", rename), mock.patch("shutil.rmtree", rmtree), pytest.raises(Killed):
+        publish()
+
+
+@pytest.mark.parametrize(
+    ("call", "source", "old", "published"),
+    [
+        ("rename", "files", False, False),  # before the output took its place
+        ("rename", "out", True, False),  # before what was there steps aside
+        ("rename", "files", True, False),  # after that
+        ("rmtree", ".out.partial", False, True),  # after the output took its place
+        ("rmtree", ".out.replaced", True, True),
+        ("rmtree", ".out.partial", True, True),
+    ],
+)
+def test_killed_at_the_end(tmp_path: Path, call: str, source: str, old: bool, published: bool) -> None:
+    if old:
+        produce(tmp_path / "out", "old")
+    killed_at(tmp_path / "out", call, source, force=old)
+    assert tree(tmp_path).get("out/file", b"old" if old else None) == (b"new" if published else b"old" if old else None)
+    with staged_directory(Target(tmp_path / "out", force=old), [], WORK) as made:
+        assert made.is_published == published
+        assert made.done == [{"done": "all"}]
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+
+
+def test_what_other_work_published_is_not_this(tmp_path: Path) -> None:
+    killed_at(tmp_path / "out", "rmtree", ".out.partial")
+    with pytest.raises(OutputError, match="of other inputs or settings"):
+        cut_off(tmp_path / "out", Work("plan", "that"))
+    assert tree(tmp_path / "out") == {"file": b"new"}
+
+
+def test_a_journal_that_is_to_stay(tmp_path: Path) -> None:
+    for expected in (False, True, True):
+        with staged_directory(Target(tmp_path / "out", force=True, keep_journal=True), [], WORK) as made:
+            assert made.is_published == expected
+            if not expected:
+                (made.files / "file").write_text("new")
+                made.journal.append({"done": "all"})
+    assert sorted(tree(tmp_path)) == [".out.partial", ".out.partial/journal", "out", "out/file"]
+
+
+def test_what_is_held_for_a_target(tmp_path: Path) -> None:
+    assert staging.staged_bytes(tmp_path / "out") == 0
+    with staged_directory(Target(tmp_path / "out", keep_journal=True), [], WORK) as made:
+        (made.files / "file").write_bytes(bytes(100_000))
+        assert 100_000 <= staging.staged_bytes(tmp_path / "out") < 150_000
+    assert 100_000 <= staging.staged_bytes(tmp_path / "out") < 150_000
+
+
+@pytest.mark.parametrize("length", [231, 232, 255])
+def test_names_that_leave_no_room(tmp_path: Path, length: int) -> None:
+    target = tmp_path / ("é" * (length // 2) + "x" * (length % 2))
+    if length == 231:
+        produce(target)
+        assert list(tmp_path.iterdir()) == [target]
+        return
+    with pytest.raises(OutputError) as raised:
+        produce(target)
+    assert str(raised.value) == f"{target}: its name is too long: 231 bytes at most. Give another output directory"
+    assert not list(tmp_path.iterdir())
+
+
+# --- beside an output -------------------------------------------------------------------------------
+
+
+def test_what_a_run_keeps_beside_its_output(tmp_path: Path) -> None:
+    target = Target(tmp_path / "deep" / "out")
+
+    def run(error: BaseException, keep: bool, restart: bool = False) -> None:
+        with resumable_directory(replace(target, restart=restart), ".merge") as directory:
+            assert tree(directory) == kept
+            if keep:
+                (directory / "kept").write_text("kept")
+            raise error
+
+    def notes(error: BaseException, keep: bool, restart: bool = False) -> list[str]:
+        with pytest.raises(type(error)) as raised:
+            run(error, keep, restart)
+        return getattr(raised.value, "__notes__", [])
+
+    kept: dict[str, bytes | None] = {}
+    assert notes(KeyboardInterrupt(), keep=False) == []
+    assert tree(tmp_path) == {}
+    assert notes(KeyboardInterrupt(), keep=True) == [staging.GO_ON]
+    kept = {"kept": b"kept"}
+    assert tree(tmp_path) == {".out.merge": None, ".out.merge/kept": b"kept"}
+    assert notes(KeyboardInterrupt(), keep=False) == [staging.GO_ON]
+    assert notes(PlanError("changed"), keep=False) == []
+    assert tree(tmp_path) == {}
+    kept = {}
+    notes(KeyboardInterrupt(), keep=True)
+    assert notes(KeyboardInterrupt(), keep=False, restart=True) == []
+    assert tree(tmp_path) == {}
+
+
+def test_what_a_run_keeps_belongs_to_one_run(tmp_path: Path) -> None:
+    with resumable_directory(Target(tmp_path / "out"), ".merge"):
+        second = resumable_directory(Target(tmp_path / "out"), ".merge")
+        with pytest.raises(OutputError, match="another run is writing it"):
+            second.__enter__()
+    assert tree(tmp_path) == {}
 
 
 # --- a real run -------------------------------------------------------------------------------------
