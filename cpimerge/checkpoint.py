@@ -6,11 +6,9 @@ and every problem of a checkpoint is listed at once.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from .errors import CheckpointError
+from .ordinary import read_ordinary
+from .plain_json import parse_object, shown
 
 if TYPE_CHECKING:
     from .ties import Twins
@@ -32,6 +32,7 @@ __all__ = [
     "StoredTensor",
     "Tensor",
     "collect",
+    "is_name",
     "is_unicode",
     "layer_of",
     "natural_key",
@@ -57,10 +58,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+MAX_JSON_BYTES = 64_000_000  # several times the largest index that is about
 MAX_SIZE = 1 << 63
 MAX_NAME = 1_000  # characters; no real name comes near it, and numbers in names stay small enough to compare
 MAX_READ_BYTES = 1 << 30  # Linux transfers at most 2 GiB a call
 AGAIN = "Download or save it again"
+UNNAMED = f"its name is not Unicode of at most {MAX_NAME} characters. Save the checkpoint with another name for it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +293,8 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[st
 
 def _entry_fault(name: str, entry: Any) -> str | None:
     """What is wrong with a header entry, and what to do."""
-    if len(name) > MAX_NAME or not is_unicode(name):
-        return f"its name is not Unicode of at most {MAX_NAME} characters. Save the checkpoint with another name for it"
+    if not is_name(name):
+        return UNNAMED
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return f"its header entry must have exactly dtype, shape and data_offsets. {AGAIN}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -313,6 +316,11 @@ def _entry_fault(name: str, entry: Any) -> str | None:
     return None
 
 
+def is_name(text: str) -> bool:
+    """Whether a tensor may be called so."""
+    return len(text) <= MAX_NAME and is_unicode(text)
+
+
 def is_unicode(text: Any) -> bool:
     """Whether it is text, without half a surrogate pair: JSON can say that, and no file can hold it."""
     return isinstance(text, str) and (text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text))
@@ -330,13 +338,6 @@ def _nbytes(shape: Iterable[int], item_bytes: int) -> int | None:
         if product >= MAX_SIZE:
             return None
     return product
-
-
-def shown(value: Any) -> str:
-    """What a file holds, as an error shows it: quoted, cut short where it is long or deep."""
-    brief = reprlib.Repr()
-    brief.maxstring, brief.maxlist, brief.maxlong = 200, 8, 40
-    return brief.repr(value)
 
 
 def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int, size: int) -> Iterator[str]:
@@ -357,44 +358,12 @@ def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int,
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """A file as a JSON object without duplicate keys. Raises CheckpointError, or OSError."""
-    return _parse_object(file, file.read_bytes())
+    return _parse_object(file, read_ordinary(file, MAX_JSON_BYTES))
 
 
 def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
     """`raw`, a file's header or all of it, as a JSON object without duplicate keys. Raises CheckpointError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) == len(pairs):
-            return result
-        result.clear()
-        for key, value in pairs:
-            if key in result:
-                raise CheckpointError(f"{file}: {key!r} stands twice in one JSON object. {AGAIN}")
-            result[key] = value
-        return result
-
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text)
-        if not _keeps_every_key(value, text):
-            value = json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise CheckpointError(f"{file}: its JSON is nested too deeply. {AGAIN}") from error
+        return parse_object(raw)
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}. {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}. {AGAIN}")
-    return value
-
-
-def _keeps_every_key(value: Any, text: str) -> bool:
-    """Whether an object as parsed has all the keys of its text, so that none of them stands twice; False if unsure.
-
-    Without backslashes a quote stands only where a string begins or ends, and a colon after it makes that a key. This
-    is faster by far than to look at every object as it is parsed, and a header may have a hundred thousand of them.
-    """
-    if "\\" in text or not isinstance(value, dict):
-        return False
-    keys = len(value) + sum(len(entry) for entry in value.values() if isinstance(entry, dict))
-    return keys == len(re.findall(r'"[ \t\n\r]*:', text))
+        raise CheckpointError(f"{file}: {error}. {AGAIN}") from error

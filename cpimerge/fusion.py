@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from .adapter import ADAPTER_FILES
@@ -27,6 +26,7 @@ from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
 from .models import Locate, Located, locate, open_model
 from .needs import check_disk
+from .plan_arrays import chunks_of, open_coefficients
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
 from .staging import Staging, Target, Watch, Work, remove, staged_bytes, staged_directory
 from .stream import (
@@ -194,13 +194,14 @@ class _Fusion:
         self.checkpoints = checkpoints
         self.pool = pool
         self.watch = watch
+        count = chunks_of(plan)
         with ExitStack() as opened:
             self.cores = {
-                task.name: opened.enter_context(closing(CoreReader(plan_dir / task.core_file, task.core_xxh3)))
+                task.name: opened.enter_context(closing(CoreReader(plan_dir / task.core_file, task.core_xxh3, count)))
                 for task in plan.tasks
             }
             self._opened = opened.pop_all()
-        self.rows = _row_coefficients(plan, plan_dir)
+        self.rows = open_coefficients(plan, plan_dir)
         self.sources = plan.fold if "base" in plan.fold else [*plan.fold, "base"]
         self.base = self.sources.index("base")
         self.total = plan.output_bytes
@@ -354,17 +355,3 @@ def _prepare(layouts: Sequence[ShardLayout], directory: Path) -> None:
 
 
 NO_POSITIONS = np.empty(0, np.uint32)
-
-
-def _row_coefficients(plan: Plan, plan_dir: Path) -> npt.NDArray[np.float32]:
-    """coefficients.npy, not loaded but mapped: float32 [rows, V]. Raises PlanError where it is not the plan's."""
-    if plan.coefficients_xxh3 is None:
-        return np.empty((0, len(plan.fold)), np.float32)
-    file = plan_dir / COEFFICIENTS_FILE
-    try:
-        rows: npt.NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-        if xxhash.xxh3_128_hexdigest(rows) == plan.coefficients_xxh3:
-            return rows
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{file}: cannot be read: {error}. Run `cpimerge plan` again") from error
-    raise PlanError(f"{file}: is not what the plan was saved with. Run `cpimerge plan` again")

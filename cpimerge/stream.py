@@ -94,6 +94,16 @@ def chunks(shape: tuple[int, ...], granularity: str) -> list[Chunk]:
     ]
 
 
+def chunk_count(shape: tuple[int, ...], granularity: str) -> int:
+    """How many chunks a tensor has."""
+    elements, row = math.prod(shape), row_length(shape, granularity)
+    if not elements:
+        return 0
+    if row > CHUNK:
+        return elements // row * -(-row // CHUNK)
+    return -(-elements // (min(CHUNK // row, CHUNK_ROWS) * row))
+
+
 def decode(raw: Bytes, dtype: str) -> Floats:
     """Stored bytes of a float dtype as float32 [n]; exact for F16, BF16 and F32."""
     values = np.empty(raw.size // ITEM_BYTES[dtype], np.uint32)

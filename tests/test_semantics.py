@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from cpimerge import analysis, fuse, load_recipe, passes, preflight, selection, stream
 from cpimerge.budget import Budget
 from cpimerge.cores import CoreReader
+from cpimerge.plan_arrays import chunks_of
 from cpimerge.plan_file import COEFFICIENTS_FILE, Plan
 from cpimerge.planning import make_plan
 from cpimerge.stream import chunks, row_count
@@ -93,7 +94,7 @@ def planned_cores(plan: Plan, directory: Path) -> dict[str, dict[str, list[int]]
     result: dict[str, dict[str, list[int]]] = {}
     for task in plan.tasks:
         result[task.name] = {}
-        with closing(CoreReader(directory / "plan" / task.core_file, task.core_xxh3)) as reader:
+        with closing(CoreReader(directory / "plan" / task.core_file, task.core_xxh3, chunks_of(plan))) as reader:
             for tensor in plan.tensors:
                 if tensor.action == "copy":
                     continue

@@ -22,7 +22,7 @@ from trees import is_open
 from cpimerge import CheckpointError, stream
 from cpimerge.checkpoint import ITEM_BYTES, StoredTensor, read_header
 from cpimerge.kernels.reading import read_runs
-from cpimerge.stream import OPEN_FILES, chunks, decode, encode, row_count, row_length, workers
+from cpimerge.stream import OPEN_FILES, chunk_count, chunks, decode, encode, row_count, row_length, workers
 
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
@@ -31,6 +31,7 @@ shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 def test_chunks_cover_the_tensor_in_order(shape: tuple[int, ...], granularity: str, chunk: int, rows: int) -> None:
     with mock.patch.multiple(stream, CHUNK=chunk, CHUNK_ROWS=rows):
         found = chunks(shape, granularity)
+        assert chunk_count(shape, granularity) == len(found)
     places = [place for c in found for place in range(c.start, c.stop)]
     assert places == list(range(math.prod(shape)))
     assert all(0 < c.size <= chunk for c in found)

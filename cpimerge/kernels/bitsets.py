@@ -8,6 +8,8 @@ import numpy.typing as npt
 from .arrays import WORD, Counts, Stored, Words, compiled
 from .vectors import lowest, population
 
+Halves = npt.NDArray[np.uint16]
+
 COOKIE = 12346  # of bitmaps without run containers
 CONTAINER = 1 << 16  # elements of a Roaring container
 ARRAY = 4096  # so many of them are listed, more are a bit each
@@ -46,7 +48,7 @@ def serialize(bits: Words, out: Stored) -> int:
 
 
 @compiled
-def _container(bits: Words, size: int, halves: npt.NDArray[np.uint16], place: int) -> int:
+def _container(bits: Words, size: int, halves: Halves, place: int) -> int:
     if size > ARRAY:
         end = place + CONTAINER // 16
         halves[place:end] = 0
@@ -64,9 +66,55 @@ def _container(bits: Words, size: int, halves: npt.NDArray[np.uint16], place: in
 
 
 @compiled
-def _put(halves: npt.NDArray[np.uint16], place: int, value: int) -> None:
+def _put(halves: Halves, place: int, value: int) -> None:
     halves[place] = value & 0xFFFF
     halves[place + 1] = value >> 16
+
+
+@compiled
+def is_serialized(data: Stored, elements: int) -> bool:
+    """Whether `data` is in the form that `serialize` writes: a set within the containers that so many elements need.
+
+    What a stranger wrote may lie about its sizes and offsets, and hold runs of any length. Nothing outside of `data` is
+    read here, nor by who reads on after this. Only whether the last of the set is among the elements is left to see.
+    """
+    if data.size % 2 or data.size < 8:
+        return False
+    halves = data.view(np.uint16)
+    filled = _get(halves, 2)
+    containers = -(-elements // CONTAINER)
+    end = 4 + 4 * filled
+    if _get(halves, 0) != COOKIE or filled > containers or end > halves.size:
+        return False
+    before = -1
+    for place in range(4, 4 + 2 * filled, 2):
+        key, size = np.int64(halves[place]), np.int64(halves[place + 1]) + 1
+        begin, end = end, end + (size if size <= ARRAY else CONTAINER // 16)
+        if not before < key < containers or _get(halves, place + 2 * filled) != 2 * begin or end > halves.size:
+            return False
+        if not _is_container(halves[begin:end], size):
+            return False
+        before = key
+    return end == halves.size
+
+
+@compiled
+def _is_container(halves: Halves, size: int) -> bool:
+    """Whether so many elements are listed in ascending order; or, where each is a bit, there are so many."""
+    if size > ARRAY:
+        count = 0
+        for place in range(halves.size):
+            count += population(np.uint64(halves[place]))
+        return count == size
+    ascending = True
+    for place in range(1, halves.size):  # to the end whatever comes, in vectors
+        ascending &= halves[place - 1] < halves[place]
+    return ascending
+
+
+@compiled
+def _get(halves: Halves, place: int) -> int:
+    return np.int64(halves[place]) | np.int64(halves[place + 1]) << 16
 
 
 @compiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from cpimerge.kernels.arrays import WORD
-from cpimerge.kernels.bitsets import CONTAINER, most_bytes, overlaps, serialize
+from cpimerge.kernels.bitsets import CONTAINER, is_serialized, most_bytes, overlaps, serialize
 
 SIZES = [1, 63, 64, 65, 4096, 4097, CONTAINER - 1, CONTAINER, CONTAINER + 1, 2 * CONTAINER + 70, 4 * CONTAINER]
 
@@ -29,6 +31,7 @@ def check(members: np.ndarray) -> None:
     assert out[:size].tobytes() == wanted.serialize()
     assert (out[most_bytes(members.size) :] == 0xAB).all()
     assert BitMap.deserialize(out[:size].tobytes()) == wanted
+    assert is_serialized(out[:size], members.size)
 
 
 @pytest.mark.parametrize("elements", SIZES)
@@ -71,3 +74,69 @@ def test_overlaps(tasks: int, elements: int, density: float) -> None:
     out = np.full((tasks, tasks), -1, np.int64)
     assert overlaps(bits, out) == members.any(axis=0).sum()
     assert out.tolist() == [[int((a & b).sum()) for b in members] for a in members]
+
+
+# --- what a stranger may have written ---------------------------------------------------------------
+
+
+def bitmap(cookie: int, containers: list[tuple[int, int, bytes]], after: bytes = b"") -> bytes:
+    """A bitmap of containers (key, how many elements it claims, its bytes), right or wrong."""
+    head = struct.pack("<II", cookie, len(containers))
+    keys = b"".join(struct.pack("<HH", key, count - 1) for key, count, _ in containers)
+    end, offsets = len(head) + 8 * len(containers), b""
+    for _, _, content in containers:
+        offsets, end = offsets + struct.pack("<I", end), end + len(content)
+    return head + keys + offsets + b"".join(content for _, _, content in containers) + after
+
+
+def listed(*lows: int) -> tuple[int, bytes]:
+    return len(lows), struct.pack(f"<{len(lows)}H", *lows)
+
+
+FULL = (CONTAINER, b"\xff" * 8192)
+COOKIE = 12346
+RUNS = (
+    struct.pack("<I", 12347) + b"\1" + struct.pack("<HHHHH", 0, 0xFFFF, 1, 0, 0xFFFF)
+)  # all of it
+
+FORGED: dict[str, tuple[bytes, bool]] = {
+    "sound": (bitmap(COOKIE, [(0, *listed(1, 5)), (3, *FULL)]), True),
+    "nothing": (bitmap(COOKIE, []), True),
+    "no bytes": (b"", False),
+    "odd bytes": (bitmap(COOKIE, [(0, *listed(1))], b"\0"), False),
+    "bytes left over": (bitmap(COOKIE, [(0, *listed(1))], b"\0\0"), False),
+    "cut": (bitmap(COOKIE, [(0, *listed(1, 2))])[:-2], False),
+    "cut in the head": (bitmap(COOKIE, [(0, *listed(1, 2))])[:10], False),
+    "another cookie": (bitmap(12345, [(0, *listed(1))]), False),
+    "runs": (RUNS, False),
+    "falling": (bitmap(COOKIE, [(0, *listed(2, 1))]), False),
+    "twice": (bitmap(COOKIE, [(0, *listed(1, 1))]), False),
+    "falling keys": (bitmap(COOKIE, [(1, *listed(1)), (0, *listed(1))]), False),
+    "a key twice": (bitmap(COOKIE, [(0, *listed(1)), (0, *listed(2))]), False),
+    "a key beyond": (bitmap(COOKIE, [(4, *listed(1))]), False),
+    "too many containers": (bitmap(COOKIE, [(key, *listed(1)) for key in range(5)]), False),
+    "containers without end": (struct.pack("<II", COOKIE, 0xFFFFFFFF) + bytes(64), False),
+    "fewer bits than it says": (bitmap(COOKIE, [(0, 60_000, b"\xff" + bytes(8191))]), False),
+    "more bits than it says": (bitmap(COOKIE, [(0, 4097, b"\xff" * 8192)]), False),
+    "a list that should be bits": (bitmap(COOKIE, [(0, *listed(*range(4097)))]), False),
+    "bits that should be a list": (bitmap(COOKIE, [(0, 8, b"\xff" + bytes(8191))]), False),
+    "an offset elsewhere": (bitmap(COOKIE, [(0, *listed(1))])[:12] + b"\0\1\0\0\1\0", False),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_only_what_serialize_writes_is_taken(case: str) -> None:
+    data, sound = FORGED[case]
+    assert is_serialized(np.frombuffer(data, np.uint8), 4 * CONTAINER) is sound
+    if sound:
+        assert BitMap.deserialize(data).serialize() == data
+
+
+@given(st.sets(st.integers(0, 3 * CONTAINER - 1), max_size=50), st.data())
+def test_no_change_passes_unless_it_is_another_set(places: set[int], data: st.DataObject) -> None:
+    raw = bytearray(BitMap(places, optimize=False).serialize())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    if is_serialized(np.frombuffer(bytes(raw), np.uint8), 3 * CONTAINER):
+        found = BitMap.deserialize(bytes(raw))
+        assert BitMap(list(found), optimize=False).serialize() == bytes(raw)

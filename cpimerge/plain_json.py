@@ -1,0 +1,74 @@
+"""JSON of strangers, read strictly: UTF-8, one object, no key twice, no more levels or digits than Python takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from typing import Any
+
+__all__ = ["is_writable", "parse_object", "shown"]
+
+HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or one of both halves
+LONG_NUMBER = "Exceeds the limit"  # how Python begins to refuse one, and goes on with what to call in Python
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """`raw`, all of a file or its header, as a JSON object. Raises ValueError: what is wrong, in words."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text)
+        if not _keeps_every_key(value, text):
+            value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    except _Twice as error:
+        raise ValueError(f"{shown(error.args[0])} stands twice in one JSON object") from error
+    except ValueError as error:
+        what = "a number of more than 4300 digits" if str(error).startswith(LONG_NUMBER) else str(error)
+        raise ValueError(f"not valid JSON: {what}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def is_writable(raw: bytes, value: Any) -> bool:
+    """Whether `value`, parsed from `raw`, has no half of a surrogate pair, which JSON can say and no file can hold."""
+    if not HALF_A_PAIR.search(raw.decode("utf-8")):
+        return True
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """What a file holds, as an error shows it: quoted, cut short where it is long or deep."""
+    brief = reprlib.Repr()
+    brief.maxstring, brief.maxlist, brief.maxlong = 200, 8, 40
+    return brief.repr(value)
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return result
+
+
+def _keeps_every_key(value: Any, text: str) -> bool:
+    """Whether an object as parsed has all the keys of its text, so that none of them stands twice; False if unsure.
+
+    Without backslashes a quote stands only where a string begins or ends, and a colon after it makes that a key. This
+    is faster by far than to look at every object as it is parsed, and a header may have a hundred thousand of them.
+    """
+    if "\\" in text or not isinstance(value, dict):
+        return False
+    keys = len(value) + sum(len(entry) for entry in value.values() if isinstance(entry, dict))
+    return keys == len(re.findall(r'"[ \t\n\r]*:', text))
