@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -212,7 +212,6 @@ class _Fusion:
 
     def write_shards(self, layouts: Sequence[ShardLayout], staging: Staging) -> dict[str, str]:
         """Fuse and write every shard, but for what an earlier run has done; returns their sha256 by filename."""
-        _prepare(layouts, staging.files)
         known = shard_records(staging.done)
         sha256 = {
             name: record.sha256
@@ -220,6 +219,7 @@ class _Fusion:
             if isinstance(record, FinishedShard) and record.holds(staging.files / name)
         }
         left = [layout for layout in layouts if layout.filename not in sha256]
+        _prepare(left, staging.files, sha256)
         self.done = self.total - sum(tensor.nbytes for layout in left for tensor in layout.tensors)
         for layout in left:
             file = staging.files / layout.filename
@@ -339,11 +339,11 @@ def _taken_over(writer: ShardWriter, layout: ShardLayout, record: ShardRecord | 
     return 0
 
 
-def _prepare(layouts: Sequence[ShardLayout], directory: Path) -> None:
-    """Set the disk's space aside for every shard; what else lies there is an earlier run's, and made anew."""
+def _prepare(layouts: Sequence[ShardLayout], directory: Path, finished: Container[str]) -> None:
+    """Set the disk's space aside for every shard to be written. What else lies there will be made anew."""
     shards = {layout.filename: layout for layout in layouts}
     for entry in os.scandir(directory):
-        if entry.name not in shards:
+        if entry.name not in shards and entry.name not in finished:
             remove(Path(entry.path))
     for name, layout in shards.items():
         handle = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
