@@ -178,7 +178,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "all files": lambda root: shutil.rmtree(root / "files"),
     "the journal": lambda root: (root / "journal").unlink(),
     "the end of the journal": lambda root: cut(root / "journal"),
-    "a bit of the journal": lambda root: flip(root / "journal", 700),
+    "a bit of the journal": lambda root: flip(root / "journal", -20),
     "its opening": lambda root: flip(root / "journal", 30),
 }
 
