@@ -41,6 +41,18 @@ def interrupt(phase, done, total):
 screen._lines = lambda: interrupt
 cli.main(sys.argv[2:])
 """
+INTERRUPT_TWICE = """
+import os, signal, sys
+from contextlib import suppress
+from cpimerge import cli, screen
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt(phase, done, total):
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+screen._lines = lambda: interrupt
+cli.main(sys.argv[1:])
+"""
 REPORT_MODULES = """
 import sys
 from cpimerge import cli
@@ -478,6 +490,47 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(models: Path, tmp_path: Pat
     assert (result.returncode, result.stderr) == (130, "error: interrupted\n")
     assert json.loads(result.stdout) == {"errors": ["interrupted"]}
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_keeps_what_is_done(models: Path, tmp_path: Path) -> None:
+    arguments = ("merge", models / "recipe.yml", "-o", tmp_path / "out")
+    whole = process(*arguments[:-1], tmp_path / "whole", "--json")
+    result = process("fuse", *arguments, "--json", code=INTERRUPT_SELF)
+    kept = "what is done so far is kept: the same command goes on from there, --restart begins anew"
+    assert (result.returncode, result.stderr) == (130, f"error: interrupted\nnote: {kept}\n")
+    assert json.loads(result.stdout) == {"errors": ["interrupted"], "notes": [kept]}
+    assert not (tmp_path / "out").exists()
+    result = process(*arguments, "--json")
+    assert (result.returncode, result.stdout) == (0, whole.stdout)
+    assert "going on where an earlier run was cut off: " in result.stderr
+    assert "plan: " not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    process("fuse", *arguments, "--force", code=INTERRUPT_SELF)
+    result = process(*arguments, "--force", "--restart")
+    assert result.returncode == 0
+    assert "going on" not in result.stderr
+    assert "plan: 100%" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_requests_to_end(models: Path, tmp_path: Path, name: str, code: int) -> None:
+    asking = INTERRUPT_SELF.replace("signal.SIGINT)", f"signal.{name})")
+    result = process("plan", "plan", models / "recipe.yml", "-o", tmp_path / "out", code=asking)
+    assert (result.returncode, result.stderr) == (code, "error: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_interrupt_ends_at_once(models: Path, tmp_path: Path) -> None:
+    """Although the work does not stop for the first."""
+    result = process("plan", models / "recipe.yml", "-o", tmp_path / "out", code=INTERRUPT_TWICE)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+def test_a_signal_that_is_ignored_stays_so(models: Path, tmp_path: Path) -> None:
+    """As nohup wants it."""
+    ignoring = INTERRUPT_SELF.replace("signal.default_int_handler", "signal.SIG_IGN")
+    result = process("plan", "plan", models / "recipe.yml", "-o", tmp_path / "out", code=ignoring)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
