@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from .errors import ResourceError
 
@@ -18,14 +19,15 @@ RUNTIME_BYTES = 240 * MB
 DEFAULT_SHARED_BYTES = 400 * MB
 DEFAULT_THREAD_BYTES = 64 * MB
 UNITS = {"B": 1, "KB": 1000, "MB": MB, "GB": 1000 * MB, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*((?:[KMG]i?)?B)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str | int) -> int:
     """`512MB`, `2 GiB` or plain bytes → bytes. Raises ValueError saying what is accepted."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B)?\s*", str(text), re.IGNORECASE)
+    match = SIZE.fullmatch(str(text))
     if not match:
         raise ValueError(f"{text!r} is not a size: write it like 512MB or 2GiB")
-    return int(float(match[1]) * UNITS[(match[2] or "B").upper()])
+    return int(Fraction(match[1]) * UNITS[(match[2] or "B").upper()])
 
 
 def format_size(nbytes: float) -> str:

@@ -13,10 +13,12 @@ from .checkpoint import (
     AGAIN,
     CONFIG,
     INDEX,
+    UNNAMED,
     WEIGHTS,
     Checkpoint,
     Shard,
     collect,
+    is_name,
     is_unicode,
     natural_key,
     read_header,
@@ -87,7 +89,9 @@ def _weight_map(path: Path, form: _Format, problems: list[str]) -> dict[str, str
         raise CheckpointError(f"{index}: has no 'weight_map' of tensor names to shards. {AGAIN}")
     unfit = sorted({shown(shard) for shard in weight_map.values() if not _is_file_name(shard)})
     problems.extend(f"{index}: shard {shard} is not the name of a file beside it. {AGAIN}" for shard in unfit)
-    return {name: shard for name, shard in weight_map.items() if _is_file_name(shard)}
+    unnamed = [name for name in weight_map if not is_name(name)]
+    problems.extend(f"{index}: tensor {shown(name)}: {UNNAMED}" for name in unnamed)
+    return {name: shard for name, shard in weight_map.items() if _is_file_name(shard) and name not in unnamed}
 
 
 def _is_file_name(shard: Any) -> bool:

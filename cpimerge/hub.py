@@ -30,10 +30,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # exported when asked for
 
-from .checkpoint import shown
+from .checkpoint import MAX_SIZE, is_unicode, shown
 from .companions import MODULES, is_weights
 from .errors import CheckpointError
-from .hub_files import INDEXES, adapter_files, companions, is_small, weights
+from .hub_files import INDEXES, adapter_files, companions, is_below, is_small, weights
 from .references import HubModel, Place
 
 __all__ = [
@@ -200,18 +200,24 @@ def list_model(model: HubModel, whole: bool, cache: Path | None = None) -> Listi
         info = huggingface_hub.HfApi().model_info(
             model.name, revision=model.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-        files = {
-            file.rfilename: RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None)
-            for file in info.siblings or ()
-        }
-        commit = str(info.sha)
-        if not re.fullmatch("[0-9a-f]{40}", commit):
+        files = {file.name: file for file in map(_remote_file, info.siblings or ())}
+        if not re.fullmatch("[0-9a-f]{40}", commit := str(info.sha)):
             raise ValueError(f"it answers {commit[:80]!r} for a commit, so it is no Hub")
     except HUB_ERRORS as error:
         raise CheckpointError(explained(model, error)) from error
+    except (AttributeError, KeyError, TypeError) as error:  # how huggingface_hub takes what it does not expect
+        raise CheckpointError(explained(model, ValueError("its answer is not that of a Hub"))) from error
     everything = Listing(model, commit, tuple(files.values()))
     needed = _needed(everything, whole, lambda name: fetch(everything, name, cache=cache))
-    return Listing(model, everything.commit, tuple(files[name] for name in needed))
+    return Listing(model, commit, tuple(files[name] for name in needed))
+
+
+def _remote_file(answer: Any) -> RemoteFile:
+    """Raises ValueError for what is no file of a repository."""
+    found = RemoteFile(answer.rfilename, answer.size or 0, str(answer.lfs.sha256) if answer.lfs else None)
+    if not (is_unicode(found.name) and is_below(found.name) and type(found.size) is int and 0 <= found.size < MAX_SIZE):
+        raise ValueError(f"it lists a file {shown(found.name)} of {shown(found.size)} bytes, so it is no Hub")
+    return found
 
 
 def _needed(listing: Listing, whole: bool, read: Callable[[str], Path]) -> list[str]:

@@ -10,7 +10,7 @@ from .checkpoint import CONFIG
 from .companions import NOT_ENTERED, STATE, WEIGHTS_IN_ANY_FORM, matches_any
 from .directory import CHECKPOINT_FILES, FORMATS
 
-__all__ = ["INDEXES", "adapter_files", "companions", "is_small", "is_tokenizer", "weights"]
+__all__ = ["INDEXES", "adapter_files", "companions", "is_below", "is_small", "is_tokenizer", "weights"]
 
 # Single files and the indexes of sharded ones, in the order in which they are preferred.
 FORMS = tuple((form.weights, form.index) for form in FORMATS)
@@ -38,6 +38,11 @@ def adapter_files(names: Collection[str]) -> list[str]:
     if ADAPTER_CONFIG not in names:
         return []
     return [ADAPTER_CONFIG, *[name for name in ADAPTER_FILES if name in names][:1]]
+
+
+def is_below(name: str) -> bool:
+    """Whether a path from a list of files is that of a file below the directory that they go to."""
+    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def is_small(name: str) -> bool:

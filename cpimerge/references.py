@@ -69,7 +69,14 @@ def parse_reference(text: str, directory: Path) -> Reference:
 def _place(text: str, directory: Path) -> Place:
     found = HUB_NAME.fullmatch(text)
     hub = HubModel(found["name"], found["revision"]) if found else None
-    return Place(Path(os.path.abspath(directory / os.path.expanduser(text))), hub)
+    return Place(Path(os.path.abspath(directory / _expanded(text))), hub)
+
+
+def _expanded(text: str) -> str:
+    try:
+        return os.path.expanduser(text)
+    except ValueError:  # there is a NUL in it, so no such path either
+        return text
 
 
 def planned_path(path: Path) -> str:
@@ -85,7 +92,7 @@ def planned_place(text: str) -> Place:
     What was planned from the Hub's cache can be fetched again if it is no longer there.
     """
     if found := SNAPSHOT.search(text):
-        return Place(Path(text), HubModel(_name(found), found["commit"]))
+        return Place(Path(os.path.abspath(Path("/", text))), HubModel(_name(found), found["commit"]))
     return _place(text, Path("/"))
 
 

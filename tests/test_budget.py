@@ -12,13 +12,15 @@ MB = 1_000_000
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("512MB", 512 * MB), ("2 GiB", 2 << 30), ("1.5gb", 1500 * MB), ("1000", 1000), (7, 7), ("3kb", 3000), ("9B", 9)],
+    [("512MB", 512 * MB), ("2 GiB", 2 << 30), ("1.5gb", 1500 * MB), ("1000", 1000), (7, 7), ("3kb", 3000), ("9B", 9), ("1.1GB", 1100 * MB)],
 )
 def test_parse_size(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1MB", "12 elephants", "1e9", "1,5GB"])
+@pytest.mark.parametrize(
+    "text", ["", "MB", "-1MB", "12 elephants", "1e9", "1,5GB", "1iB", "1\u212aB", "\u0661", "9" * 400]
+)
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size: write it like 512MB or 2GiB"):
         parse_size(text)

@@ -340,6 +340,35 @@ def test_a_hub_that_fails(published: Path, hub: Hub, tmp_path: Path, status: int
     assert all(text in line for line in shown)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({}, "its answer is not that of a Hub"),
+        ({"id": "org/base", "siblings": [7]}, "its answer is not that of a Hub"),
+        ({"id": "org/base", "sha": "main", "siblings": []}, "it answers 'main' for a commit, so it is no Hub"),
+        *(
+            (
+                {"id": "org/base", "siblings": [{"rfilename": name, "size": size}]},
+                f"it lists a file {name!r} of {size} by",
+            )
+            for name, size in [("../x", 1), ("/x", 1), ("a//b", 1), ("x\0", 1), ("\ud800", 1), ("x", -1), (7, 1)]
+        ),
+    ],
+)
+def test_a_hub_that_is_none(
+    answer: dict[str, Any], text: str, published: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(*_: object, **__: object) -> Any:
+        return huggingface_hub.hf_api.ModelInfo(**answer)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answered)
+    with pytest.raises(
+        cpimerge.CheckpointError, match=re.escape(f"org/base: cannot be fetched from {hub.url}: {text}")
+    ):
+        cpimerge.plan(published, tmp_path / "plan", download="cache", **LIMITS)
+    assert hub.requests == []
+
+
 def test_a_hub_that_does_not_answer(published: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
 

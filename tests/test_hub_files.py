@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cpimerge.companions import companion_files
 from cpimerge.compatibility import TOKENIZER_FILES
-from cpimerge.hub_files import adapter_files, companions, is_small, weights
+from cpimerge.hub_files import adapter_files, companions, is_below, is_small, weights
 from cpimerge.tokenizer_files import ADDED_TOKENS, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB_JSON, VOCAB_TXT
 
 FOLDERS = ("", "a", "a/b", "2_Dense", "2_Dense/deep", "onnx", "checkpoint-10", ".cache", "logs", "original/x", "a/runs")
@@ -79,3 +79,13 @@ def test_other_files_do_not_describe_it() -> None:
 def test_what_vocabularies_are_read_from_is_fetched_for_experts_too() -> None:
     read = (TOKENIZER, VOCAB_JSON, MERGES, VOCAB_TXT, TOKENIZER_CONFIG, ADDED_TOKENS, *TOKENIZER_FILES)
     assert all(map(is_small, read))
+
+
+@pytest.mark.parametrize("name", ["x", "a/b.json", ".gitattributes", "Icon\r", "..x", "a/..."])
+def test_what_a_repository_may_hold_lies_below_it(name: str) -> None:
+    assert is_below(name)
+
+
+@pytest.mark.parametrize("name", ["", "/x", "..", "../x", "a/../x", "a//b", "a/", "./a", "x\0"])
+def test_what_leads_out_of_a_repository_does_not(name: str) -> None:
+    assert not is_below(name)

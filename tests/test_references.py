@@ -64,3 +64,14 @@ def test_a_plain_directory_stays_one(path: str) -> None:
     assert planned_path(Path(path)) == path
     assert planned_place(path) == Place(Path(path))
     assert planned_place(path).hub is None
+
+
+def test_what_no_path_can_hold_is_no_directory(tmp_path: Path) -> None:
+    for place in (planned_place("~\0"), parse_reference("~\0", tmp_path).model):
+        assert place.hub is None
+        assert not place.path.exists()
+
+
+def test_what_a_plan_names_does_not_depend_on_where_one_is() -> None:
+    snapshot = f"../models--org--a/snapshots/{COMMIT}"
+    assert planned_place(snapshot).path == Path(f"/models--org--a/snapshots/{COMMIT}")
