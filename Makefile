@@ -1,5 +1,6 @@
 # Every verb works in a fresh clone: what it needs is installed into .venv first, once.
-# Settings: PYTHON=/path/to/python (3.11 or later), PYTEST="arguments of pytest", DEMO="arguments of cpimerge demo".
+# Settings: PYTHON=/path/to/python (3.11 or later), PYTEST="arguments of pytest", DEMO="arguments of cpimerge demo",
+# FUZZ="arguments of python -m fuzz".
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
@@ -8,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := -n 2
 DEMO :=
+FUZZ := --seconds 20
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup test lint bench demo clean
+.PHONY: help setup test lint bench fuzz demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +30,14 @@ lint: $(VENV)/stamp-test ## check style, formatting and types
 bench: $(VENV)/stamp-test ## measure speed and memory, beside mergekit
 	@$(BIN)/python benchmarks/bench.py
 
+fuzz: $(VENV)/stamp-fuzz ## look for inputs that break a parser: FUZZ="--seconds 20" for each of them
+	@$(BIN)/python -m fuzz $(FUZZ)
+
 demo: $(VENV)/stamp-run ## train small models, fuse them, print the scores (installs only what cpimerge needs)
 	@$(BIN)/cpimerge demo $(DEMO)
 
 clean: ## remove .venv and the caches
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # A stamp is written last, so a set-up that was cut off is done again; it is renewed when what it installs changes.
 $(VENV)/stamp-run: $(VENV)/stamp-python pyproject.toml constraints.txt
@@ -43,6 +48,11 @@ $(VENV)/stamp-run: $(VENV)/stamp-python pyproject.toml constraints.txt
 $(VENV)/stamp-test: $(VENV)/stamp-run
 	@echo "Installing the packages of the test suite into $(VENV)."
 	@$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/stamp-fuzz: $(VENV)/stamp-test
+	@echo "Installing the fuzzer into $(VENV)."
+	@$(INSTALL) '.[fuzz]'
 	@touch $@
 
 # The first candidate that runs and is new enough. PYTHON, where it is given, is the only one.

@@ -1,0 +1,117 @@
+"""Watches Python while it reads a stranger's input: nothing is executed, unpickled, sent, or written elsewhere.
+
+Python tells of these things by audit events. What is seen is written down, since an exception raised there might be
+taken for the parser's own; `watched` raises it at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .target import Run, Target
+
+__all__ = ["Finding", "checked", "run_checked", "warmed", "watched"]
+
+# Events that no parser has a reason for, by what they begin with.
+FORBIDDEN = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "subprocess.", "socket.", "pickle."),
+    *("ctypes.dlopen", "code.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "http.client", "sys.set"),
+    *("os.putenv", "os.unsetenv", "os.kill", "signal."),
+)
+# Events that change the file system -> how many of their arguments are paths.
+CHANGES = {
+    **{"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1},
+    **{"os.chmod": 1, "os.chown": 1, "os.utime": 1, "os.mkfifo": 1, "os.mknod": 1, "os.setxattr": 1},
+    **{"shutil.rmtree": 1, "shutil.move": 2, "shutil.copyfile": 2, "shutil.copytree": 2},
+}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Finding(Exception):
+    """Something that must not happen did."""
+
+
+class _Watch:
+    """What the process does at the moment: the directory that may be written, and what was seen."""
+
+    def __init__(self) -> None:
+        self.directory: str | None = None  # None: nobody watches
+        self.seen: list[str] = []
+        self.hooked = False
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.directory is None:
+            return
+        if event.startswith(FORBIDDEN) or (event == "exec" and _is_strange(arguments[0])):
+            self.seen.append(f"{event} {str(arguments)[:200]}")
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+            self._check(event, arguments[:1])
+        elif event in CHANGES:
+            self._check(event, arguments[: CHANGES[event]])
+
+    def _check(self, event: str, paths: tuple[Any, ...]) -> None:
+        for path in paths if event not in ("os.link", "os.symlink", "shutil.copyfile") else paths[1:]:
+            if isinstance(path, int):  # a file that is open already
+                continue
+            place = os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path))))
+            if not f"{place}/".startswith(f"{self.directory}/") and os.fsdecode(path) != os.devnull:
+                self.seen.append(f"{event} {os.fsdecode(path)[:200]!r}")
+
+
+def _is_strange(code: Any) -> bool:
+    """Whether code that is about to run comes from no file, and from no library that builds classes."""
+    return code.co_filename.startswith("<") and not code.co_filename.startswith(("<frozen", "<attrs", "<string>"))
+
+
+_WATCH = _Watch()
+
+
+@contextmanager
+def watched(directory: Path) -> Iterator[None]:
+    """Raise Finding at the end of the block if it did what no parser may. It may write below `directory`."""
+    if not _WATCH.hooked:
+        sys.addaudithook(_WATCH.hook)
+        _WATCH.hooked = True
+    _WATCH.seen.clear()
+    _WATCH.directory = os.path.realpath(directory)
+    try:
+        yield
+    finally:
+        _WATCH.directory = None
+    if _WATCH.seen:
+        raise Finding("did what no parser may: " + "; ".join(_WATCH.seen[:5]))
+
+
+def warmed(target: Target, scratch: Path) -> Run:
+    """What runs an input, after it ran the seeds: whatever is imported or compiled when needed is there by then."""
+    run = target.prepare(scratch)
+    for seed in target.seeds().values():
+        with suppress(Exception):  # they are inputs like others, and run again
+            run(seed)
+    return run
+
+
+def checked(run: Run, data: bytes, scratch: Path) -> None:
+    """Run one input. Raises Finding, or whatever else the parser must not raise."""
+    with watched(scratch):
+        run(data)
+
+
+def run_checked(target: Target, run: Run, data: bytes, scratch: Path) -> None:
+    """Run one input twice, and the second time look at the memory that Python takes for it as well."""
+    checked(run, data, scratch)
+    tracemalloc.start()
+    try:
+        checked(run, data, scratch)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    limit = target.memory + target.memory_per_byte * len(data)
+    if peak > limit:
+        raise Finding(f"takes {peak} bytes of memory for {len(data)}, more than {limit}")

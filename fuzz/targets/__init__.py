@@ -1,0 +1,1 @@
+"""A module for each target; `load` in fuzz/target.py imports the one that is wanted."""
