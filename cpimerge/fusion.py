@@ -15,10 +15,11 @@ import xxhash
 
 from .adapter import ADAPTER_FILES
 from .analysis import content_hash
-from .budget import Budget
+from .budget import Budget, format_size
 from .chat_template import check_replaceable
 from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
 from .companions import companion_bytes, read_manifest, unreadable, write_companions
+from .compatibility import differences
 from .cores import CoreReader
 from .disk import flush, reserve
 from .errors import CheckpointError, IncompatibleError, PlanError
@@ -26,8 +27,10 @@ from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
 from .models import Locate, Located, locate, open_model
 from .needs import check_disk
+from .pieces import FETCH_BYTES
 from .plan_arrays import chunks_of, open_coefficients
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
+from .quantized import refused
 from .staging import Staging, Target, Watch, Work, remove, staged_bytes, staged_directory
 from .stream import (
     EXPONENT,
@@ -114,10 +117,25 @@ def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
         raise PlanError([*changed, PLAN_AGAIN])
     if plan.vocabulary is not None:
         checkpoints = _in_one_vocabulary(plan.vocabulary, checkpoints)
-    base = {name: list(info.shape) for name, info in checkpoints["base"].tensors.items()}
-    if {tensor.name: tensor.shape for tensor in plan.tensors} != base:
-        raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
+    _check_fit(plan, checkpoints)
     return checkpoints
+
+
+def _check_fit(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise PlanError where preflight would have refused this: the plan need not come from a `cpimerge plan`."""
+    base = checkpoints["base"]
+    tensors = {name: (list(info.shape), info.dtype) for name, info in base.tensors.items()}
+    if {tensor.name: (tensor.shape, tensor.base_dtype) for tensor in plan.tensors} != tensors:
+        raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
+    problems = [problem for other in checkpoints.values() for problem in (*differences(base, other), *refused(other))]
+    for planned in plan.inputs:
+        needed = checkpoints[planned.name].scratch_bytes
+        if needed > planned.scratch_bytes + FETCH_BYTES:  # which a model takes that is streamed by now
+            problems.append(
+                f"{checkpoints[planned.name].where}: takes {format_size(needed)} a thread, as is not planned"
+            )
+    if problems:
+        raise PlanError([*problems, PLAN_AGAIN])
 
 
 def _locate_all(plan: Plan, find: Locate) -> dict[str, Located]:

@@ -10,17 +10,19 @@ Where a tensor's chunks and rows begin stands in its entry; their order depends 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .checkpoint import FLOAT_BYTES
+from .checkpoint import COPIED_BYTES, FLOAT_BYTES, MAX_SIZE
 from .errors import PlanError
+from .ordinary import read_ordinary
+from .plain_json import is_writable, parse_object, shown
+from .plan_checks import plan_faults
 from .references import Reference, planned_place
 from .writer import OutputTensor
 
@@ -39,11 +41,13 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]  # or another count
 Mode = Literal["base", "union"]  # of vocabularies that differ
 
 PLAN_FILE = "plan.json"
 COEFFICIENTS_FILE = "coefficients.npy"
 VERSION = 1
+MAX_BYTES = 512_000_000  # of plan.json: a million tensors
 
 
 class _Model(BaseModel):
@@ -54,7 +58,7 @@ class ShardIdentity(_Model):
     """A file as it was when planned: size in bytes, xxh3-128 of its header, sha256 where the Hub cache names it."""
 
     file: str
-    size: int
+    size: Size
     header_xxh3: str
     sha256: str | None = None
 
@@ -69,7 +73,7 @@ class Input(_Model):
     name: str
     path: str
     adapter: str | None = None
-    scratch_bytes: int = 0
+    scratch_bytes: Size = 0
     shards: list[ShardIdentity]
 
     @property
@@ -92,7 +96,7 @@ class Settings(_Model):
 class JoinedToken(_Model):
     """A token that the base's tokenizer gets, with the flags that tokenizers knows."""
 
-    id: int
+    id: Size
     content: str
     single_word: bool
     lstrip: bool
@@ -109,8 +113,8 @@ class Vocabulary(_Model):
     """
 
     mode: Mode
-    base_rows: int
-    rows: int
+    base_rows: Size
+    rows: Size
     tensors: list[str]
     joined: list[JoinedToken]
     tokens_xxh3: dict[str, str]
@@ -120,10 +124,10 @@ class TaskTensor(_Model):
     """One task's update of one tensor: counts of elements, and mean magnitudes in and out of the core."""
 
     dtype: str  # the task's stored dtype, to read the counts by
-    changed: int  # m > 0
-    near: int  # m ≤ 1e-5
-    rounding: int  # m within half a unit in the last place of the base's dtype
-    core: int
+    changed: Size  # m > 0
+    near: Size  # m ≤ 1e-5
+    rounding: Size  # m within half a unit in the last place of the base's dtype
+    core: Size
     sum_in: float
     sum_out: float
 
@@ -134,11 +138,11 @@ class Task(_Model):
     name: str
     core_file: str
     core_xxh3: str
-    elements: int
-    changed: int
-    near: int
-    rounding: int
-    core: int
+    elements: Size
+    changed: Size
+    near: Size
+    rounding: Size
+    core: Size
     mean_in: float
     mean_out: float
 
@@ -148,8 +152,8 @@ class Pair(_Model):
 
     a: str
     b: str
-    shared: int
-    union: int
+    shared: Size
+    union: Size
     jaccard: float
     chance: float
     lift: float | None
@@ -166,8 +170,8 @@ class Blend(_Model):
 
     coefficients: list[float] | None
     angles: list[float | None]
-    steps: int
-    slerped: int
+    steps: Size
+    slerped: Size
 
 
 class TensorPlan(_Model):
@@ -178,14 +182,14 @@ class TensorPlan(_Model):
     """
 
     name: str
-    shape: list[int]
+    shape: list[Size]
     dtype: str  # of the output
     base_dtype: str
     action: Literal["copy", "identical", "blend"]
-    first_chunk: int
-    first_row: int
+    first_chunk: Size
+    first_row: Size
     xxh3: dict[str, str]
-    claimed: int  # elements in any task's core
+    claimed: Size  # elements in any task's core
     tasks: dict[str, TaskTensor]
     blend: Blend | None
 
@@ -197,6 +201,8 @@ class TensorPlan(_Model):
     def _sound(self) -> TensorPlan:
         if (self.blend is not None) != (self.action == "blend"):
             raise ValueError("`blend` belongs to the action blend, and only to it")
+        if unknown := {self.dtype, self.base_dtype} - FLOAT_BYTES.keys() - COPIED_BYTES.keys():
+            raise ValueError(f"{shown(min(unknown))} is no dtype of an output")
         if self.dtype != self.base_dtype and not {self.dtype, self.base_dtype} <= FLOAT_BYTES.keys():
             raise ValueError(f"{self.base_dtype} cannot become {self.dtype}")
         return self
@@ -216,7 +222,7 @@ class Plan(_Model):
     stages: list[list[str]]
     backbone: str
     fold: list[str]
-    layers: dict[str, int] = Field(default_factory=dict)  # how many are called alike: {"model.layers.*": 32}
+    layers: dict[str, Size] = Field(default_factory=dict)  # how many are called alike: {"model.layers.*": 32}
     notes: list[str]
     vocabulary: Vocabulary | None = None  # None: that of every input
     chat_template: str | None = None  # of the output; None: the base's
@@ -280,22 +286,41 @@ class Plan(_Model):
     def load(cls, directory: Path) -> Plan:
         """Read plan.json. Raises PlanError saying which entries are wrong."""
         file = directory / PLAN_FILE
-        try:
-            raw = json.loads(file.read_bytes())
-        except FileNotFoundError as error:
-            raise PlanError(f"{file}: not found. Make a plan with `cpimerge plan RECIPE -o {directory}`") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise PlanError(f"{file}: cannot be read: {error}") from error
+        raw = _parsed(file)
         _check_version(file, raw)
         try:
             plan = cls.model_validate(raw)
         except ValidationError as error:
-            raise PlanError([f"{file}: {_place(entry['loc'])}{entry['msg']}" for entry in error.errors()]) from error
+            raise PlanError(f"{file}: {_words(entry)}" for entry in error.errors(include_url=False)) from error
         if plan.seal != _seal(plan):
             raise PlanError(
                 f"{file}: entries were edited that must not be (see docs/plan.md). Run `cpimerge plan` again"
             )
+        if faults := [f"{file}: {fault}. Run `cpimerge plan` again" for fault in plan_faults(plan)]:
+            raise PlanError(faults)
         return plan
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """plan.json as JSON. Raises PlanError."""
+    try:
+        raw = read_ordinary(file, MAX_BYTES)
+        value = parse_object(raw)
+    except FileNotFoundError as error:
+        raise PlanError(f"{file}: not found. Make a plan with `cpimerge plan RECIPE -o {file.parent}`") from error
+    except OSError as error:
+        raise PlanError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PlanError(f"{file}: {error}. Run `cpimerge plan` again") from error
+    if not is_writable(raw, value):
+        raise PlanError(f"{file}: has text that is not Unicode. Run `cpimerge plan` again")
+    return value
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    """What pydantic finds wrong with an entry, and where."""
+    place = ".".join(map(str, entry["loc"]))
+    return (f"{place}: " if place else "") + str(entry["msg"]).removeprefix("Value error, ")
 
 
 def _seal(plan: Plan) -> str:
@@ -330,17 +355,13 @@ def _by_key(mapping: Mapping[str, Value]) -> dict[str, Value]:
 SEALED_OF_A_TENSOR = TensorPlan.model_fields.keys() - {"dtype", "blend"}
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, location)) + ": " if location else ""
-
-
-def _check_version(file: Path, raw: Any) -> None:
-    if not isinstance(raw, dict) or raw.get("format") != "cpimerge plan":
+def _check_version(file: Path, raw: Mapping[str, Any]) -> None:
+    if raw.get("format") != "cpimerge plan":
         raise PlanError(f"{file}: is not a cpimerge plan")
-    if raw.get("version") != VERSION:
+    version = raw.get("version")
+    if type(version) is not int or version != VERSION:
         raise PlanError(
-            f"{file}: plan version {raw.get('version')!r}, this cpimerge reads version {VERSION}. "
-            "Run `cpimerge plan` again"
+            f"{file}: plan version {shown(version)}, this cpimerge reads version {VERSION}. Run `cpimerge plan` again"
         )
 
 

@@ -13,7 +13,7 @@ from .recipe_schema import BACKBONE_WORDS, KEYS_OF_A_MODEL, RESERVED_NAMES
 from .references import parse_reference
 from .yamltree import Problem, Tree, Where, as_number, nearest
 
-__all__ = ["check_together"]
+__all__ = ["check_together", "name_fault"]
 
 # Where the output's tokens are said: cpimerge's key, and mergekit's two.
 VOCABULARY: tuple[Where, ...] = (("vocabulary",), ("tokenizer_source",), ("tokenizer", "source"))
@@ -45,14 +45,15 @@ def _check_names(tree: Tree, names: dict[Where, str]) -> Iterator[Problem]:
         if not text_at(tree, *where):
             continue
         remedy = "give another name" if given else "set name: for this model"
-        if fault := _name_fault(name):
+        if fault := name_fault(name):
             yield tree.problem(where, f"{name!r} cannot be a task's name, as {fault}; {remedy}")
         elif name in lines:
             yield tree.problem(where, f"a task is named {name!r} already, line {lines[name]}; {remedy}")
         lines.setdefault(name, tree.lines[where])
 
 
-def _name_fault(name: str) -> str | None:
+def name_fault(name: str) -> str | None:
+    """Why a task may not be called so."""
     if name in RESERVED_NAMES:
         return "it is reserved for the backbone"
     if name in ("", ".", "..") or "/" in name:

@@ -471,6 +471,15 @@ FILES: dict[str, tuple[Spoil, list[str]]] = {
             "math/x: missing, though model.safetensors.index.json names it. Complete the download",
         ],
     ),
+    "names that no tensor has": (
+        lambda home: sharded(home, lambda index: index["weight_map"].update({"9" * 5000: ONE, "\ud800": ONE})),
+        [
+            f"{INDEX}: tensor '{'9' * 97}...{'9' * 98}': its name is not Unicode of at most 1000 characters. "
+            "Save the checkpoint with another name for it",
+            f"{INDEX}: tensor '\\ud800': its name is not Unicode of at most 1000 characters. "
+            "Save the checkpoint with another name for it",
+        ],
+    ),
     "tensor in another shard": (
         lambda home: sharded(home, lambda index: index["weight_map"].update({"ids": ONE})),
         [f"{INDEX}: tensor 'ids': listed in '{ONE}', found in '{TWO}'. {ALL_AGAIN}"],
@@ -1123,11 +1132,14 @@ PLANS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "truncated": (
         lambda home: (home / "plan/plan.json").write_text('{"format": "cpimerge pl'),
-        ["plan/plan.json: cannot be read: Unterminated string starting at: line 1 column 12 (char 11)"],
+        [
+            "plan/plan.json: not valid JSON: Unterminated string starting at: line 1 column 12 (char 11). "
+            "Run `cpimerge plan` again"
+        ],
     ),
     "something else": (
         lambda home: (home / "plan/plan.json").write_text("[]"),
-        ["plan/plan.json: is not a cpimerge plan"],
+        ["plan/plan.json: expected a JSON object, got list. Run `cpimerge plan` again"],
     ),
     "version": (
         lambda home: edited(home, version=2),
@@ -1146,7 +1158,11 @@ PLANS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "tasks of a tensor": (lambda home: edited_tensor(home, tasks={}), [SEALED]),
     "action": (lambda home: edited_tensor(home, action="copy", blend=None), [SEALED]),
-    "dtypes": (lambda home: edited_tensor(home, dtype="XX", base_dtype="XX"), [SEALED]),
+    "dtypes": (lambda home: edited_tensor(home, base_dtype="BF16"), [SEALED]),
+    "unknown dtypes": (
+        lambda home: edited_tensor(home, dtype="XX", base_dtype="XX"),
+        ["plan/plan.json: tensors.3: 'XX' is no dtype of an output"],
+    ),
     "chunk of another tensor": (
         lambda home: edited_tensor(home, first_chunk=0),
         [SEALED],

@@ -28,7 +28,9 @@ def write(file: Path, cores: list[list[int]]) -> str:
     for core in cores:
         writer.append(BitMap(core).serialize())
     assert writer.chunks == len(cores)
-    return writer.finish()
+    digest = writer.finish()
+    writer.close()
+    return digest
 
 
 def test_cores_come_back(tmp_path: Path) -> None:
@@ -75,15 +77,35 @@ def test_the_digest_is_that_of_the_bitmaps_and_the_offsets(tmp_path: Path) -> No
     assert digest == xxhash.xxh3_128_hexdigest(b"".join(bitmaps) + offsets.tobytes())
 
 
-def test_a_core_is_not_written_over_another(tmp_path: Path) -> None:
-    write(tmp_path / "00.roaring", [[1]])
-    with pytest.raises(FileExistsError):
+def test_a_core_is_gone_on_with(tmp_path: Path) -> None:
+    cores = [[1, 2], [], [3], list(range(0, 2**18, 2))]
+    whole = write(tmp_path / "whole.roaring", cores)
+    file = tmp_path / "00.roaring"
+    write(file, cores[:3])
+    writer = CoreWriter(file)
+    ends = np.load(offsets_file(file))[1:3].tolist()
+    assert writer.bitmaps.holds(ends[-1], xxhash.xxh3_128_hexdigest(file.read_bytes()[: ends[-1]]))
+    writer.go_on(ends)
+    assert writer.chunks == 2
+    for core in cores[2:]:
+        writer.append(BitMap(core).serialize())
+    assert writer.finish() == whole
+    writer.close()
+    for one, other in ((file, "whole.roaring"), (offsets_file(file), "whole.npy")):
+        assert one.read_bytes() == (tmp_path / other).read_bytes()
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "00.roaring").symlink_to("precious")
+    with pytest.raises(OSError, match="symbolic links"):
         CoreWriter(tmp_path / "00.roaring")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["00.roaring", "00.npy"])
 def test_missing_cores_are_refused(tmp_path: Path, name: str) -> None:
     digest = write(tmp_path / "00.roaring", [[1]])
     (tmp_path / name).unlink()
-    with pytest.raises(PlanError, match=r"00\.roaring: cannot be read: .*No such file"):
+    with pytest.raises(PlanError, match=rf"{name}: cannot be read: No such file"):
         CoreReader(tmp_path / "00.roaring", digest, 1)

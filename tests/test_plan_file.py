@@ -97,8 +97,8 @@ def test_edited_coefficients_are_obeyed(planned: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(stages=[["a"]]), "Value error, `stages` must have each task once"),
-        (lambda p: p.update(fold=["a", "b"]), "Value error, `fold` must be the backbone and then each other task once"),
+        (lambda p: p.update(stages=[["a"]]), "plan.json: `stages` must have each task once"),
+        (lambda p: p.update(fold=["a", "b"]), "plan.json: `fold` must be the backbone and then each other task once"),
         (lambda p: p.update(inputs=p["inputs"][1:]), "`inputs` must be the base and the members of `fold`"),
         (lambda p: p["tensors"][0]["blend"].update(coefficients=[1.0]), "tensor 'v': 1 coefficients for 2 members"),
         (lambda p: p["tensors"][0]["blend"].update(coefficients=[1.0, float("nan")]), "finite number"),
