@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 import cpimerge
-from cpimerge import analysis, fusion, passes, planning, stream, writer
+from cpimerge import examination, fusion, passes, plan_files, planning, stream, writer
 from cpimerge.kernels import bitsets, scanning
 
 PLAN_PARTS: list[tuple[Any, str, str]] = [
@@ -28,12 +28,12 @@ PLAN_PARTS: list[tuple[Any, str, str]] = [
     (passes, "_detached", "keeping what is open"),
     (passes, "around", "brackets from the sample"),
     (scanning, "magnitudes", "|Δ| of the sample"),
-    (analysis, "pick", "thresholds"),
+    (examination, "pick", "thresholds"),
     (scanning, "gather", "thresholds: gathering candidates"),
     (scanning, "resolve", "deciding what was open"),
     (bitsets, "overlaps", "overlaps"),
     (bitsets, "serialize", "serialising cores"),
-    (planning._PlanFiles, "add", "writing cores"),
+    (plan_files.PlanFiles, "add", "writing cores"),
     (planning, "_conclude", "coefficients and plan.json"),
 ]
 FUSE_PARTS: list[tuple[Any, str, str]] = [

@@ -76,6 +76,10 @@ class CoreWriter:
         """Where the chunks [first, stop) end, in bytes."""
         return self._offsets[1 + first : 1 + stop]
 
+    def size_of(self, chunks: int) -> int:
+        """What the first so many chunks take of the file, in bytes."""
+        return self._offsets[chunks]
+
     def go_on(self, ends: Sequence[int]) -> None:
         """Append behind the chunks of an earlier run, which end there, in bytes."""
         self._offsets = array("Q", [0, *ends])

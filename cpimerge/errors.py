@@ -3,6 +3,7 @@
     CpimergeError
     ├── RecipeError          the recipe must change (file, line, key of every problem)
     ├── CheckpointError      a checkpoint on disk is damaged, incomplete or of an unsupported kind
+    │   └── ChangedInputError    it was written to while it was read
     ├── IncompatibleError    checkpoints that cannot be merged with each other
     ├── PlanError            a plan directory is damaged, or the inputs changed since it was made
     ├── ResourceError        the memory budget or the free disk space does not suffice
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "ChangedInputError",
     "CheckpointError",
     "CpimergeError",
     "IncompatibleError",
@@ -41,6 +43,10 @@ class RecipeError(CpimergeError):
 
 class CheckpointError(CpimergeError):
     """A checkpoint cannot be read as it stands: damaged, incomplete or of an unsupported kind."""
+
+
+class ChangedInputError(CheckpointError):
+    """A checkpoint was written to while it was read, so that nothing found in it can be believed."""
 
 
 class IncompatibleError(CpimergeError):

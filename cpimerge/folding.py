@@ -6,21 +6,23 @@ hold. So they wait in a file.
 
 from __future__ import annotations
 
+import errno
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from .blend import Fold, fold, shares
+from .cores import npy_header
+from .growing import GrowingFile
 from .plan_file import COEFFICIENTS_FILE, Blend
 from .preflight import Inputs, TensorSpec
 from .stream import row_count
@@ -33,43 +35,59 @@ Gram = npt.NDArray[np.float64]
 
 
 class GramSpool:
-    """Appends Gram matrices float64 [R, P] to a nameless file; then reads them back, a slab of rows at a time."""
+    """Appends Gram matrices float64 [R, P] to `file`; then reads them back, a slab of rows at a time.
 
-    def __init__(self, directory: Path) -> None:
-        self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - lives as long as the spool
+    `room` rows of the disk are set aside. What an earlier run left in the file counts as far as `go_on` says.
+    """
+
+    def __init__(self, file: Path, pairs: int, room: int = 0) -> None:
+        """Raises OSError, also where `file` is a link or the disk lacks the space."""
+        self.file = GrowingFile(file, room * pairs * 8)
+        self._pairs = pairs
         self._open: Gram | None = None  # its last row may go on in the next chunk
-        self._written = 0
-        self._pairs = 0
 
     @property
     def rows(self) -> int:
         """Rows added so far."""
-        return self._written + (0 if self._open is None else len(self._open))
+        return self.file.size // (8 * self._pairs) + (0 if self._open is None else len(self._open))
+
+    def bytes_of(self, rows: int) -> int:
+        """What so many rows take of the file."""
+        return 8 * self._pairs * rows
 
     def add(self, gram: Gram, opens_row: bool) -> None:
         """Append rows; with `opens_row` false, the one row given is added to the last row instead."""
         if not opens_row and self._open is not None:
             self._open[-1] += gram[0]
             return
-        self._flush()
+        self._close_row()
         self._open = gram
 
+    def go_on(self, rows: int) -> None:
+        """Append behind so many rows of an earlier run."""
+        self.file.go_on(self.bytes_of(rows))
+
+    def flush(self) -> None:
+        """Hand all rows to the system; the next chunk must open one."""
+        self._close_row()
+        self.file.flush()
+
     def read(self, first: int, count: int) -> Iterator[Gram]:
-        """Rows [first, first + count), in slabs float64 [≤ SLAB_ROWS, P]."""
-        self._flush()
+        """Rows [first, first + count), in slabs float64 [≤ SLAB_ROWS, P]. Raises OSError where they are gone."""
+        self.flush()
         for begin in range(first, first + count, SLAB_ROWS):
             rows = min(SLAB_ROWS, first + count - begin)
-            self._file.seek(begin * self._pairs * 8)
-            yield np.frombuffer(self._file.read(rows * self._pairs * 8)).reshape(rows, self._pairs)
+            data = self.file.read(self.bytes_of(begin), self.bytes_of(rows))
+            if len(data) < self.bytes_of(rows):
+                raise OSError(errno.EIO, "Gram matrices are gone")
+            yield np.frombuffer(data).reshape(rows, self._pairs)
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
-    def _flush(self) -> None:
+    def _close_row(self) -> None:
         if self._open is not None:
-            self._pairs = self._open.shape[1]
-            self._file.write(self._open.tobytes())
-            self._written += len(self._open)
+            self.file.append(self._open.tobytes())
             self._open = None
 
 
@@ -90,16 +108,17 @@ class Folder:
         digest = xxhash.xxh3_128()
         blends = {}
         shape = (self.grams.rows, len(self.members))
-        with open(directory / COEFFICIENTS_FILE, "xb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        with closing(GrowingFile(directory / COEFFICIENTS_FILE, 4 * math.prod(shape))) as file:
+            file.append(npy_header(shape, "<f4"))
             for spec in ordered:
                 summary = _RowSummary()
                 for part in self._folds(self._omegas(spec), self.first_row.get(spec.name, 0), self._rows(spec)):
                     data = np.ascontiguousarray(part.coefficients, "<f4").tobytes()
-                    file.write(data)
+                    file.append(data)
                     digest.update(data)
                     summary.add(part)
                 blends[spec.name] = summary.blend()
+            file.finish()
         return blends, digest.hexdigest()
 
     def _whole_tensors(self, ordered: Sequence[TensorSpec]) -> dict[str, Blend]:

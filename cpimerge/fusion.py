@@ -14,7 +14,6 @@ import numpy as np
 import xxhash
 
 from .adapter import ADAPTER_FILES
-from .analysis import content_hash
 from .budget import Budget, format_size
 from .chat_template import check_replaceable
 from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
@@ -23,6 +22,7 @@ from .compatibility import differences
 from .cores import CoreReader
 from .disk import flush, reserve
 from .errors import CheckpointError, IncompatibleError, PlanError
+from .findings import content_hash
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
 from .models import Locate, Located, locate, open_model

@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .analysis import SMALL, SMALL_ROWS, is_small, pool_rows
 from .budget import Budget, format_size
 from .checkpoint import ITEM_BYTES, Tensor
 from .companions import companion_bytes
 from .cores import budget
 from .errors import ResourceError
+from .examination import SMALL, SMALL_ROWS, elements_of, is_small, pool_rows
+from .kernels import bitsets
 from .kernels.singles import MOST
 from .passes import CROWDED
 from .pieces import travel_bytes
 from .plan_file import Plan
+from .plan_files import Room
 from .preflight import Inputs, pools
 from .selection import BIN_BITS
-from .stream import CHUNK, PENDING, row_count
+from .stream import CHUNK, PENDING, chunks
 from .writer import OutputTensor, shard_layouts
 
-__all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "worker_bytes"]
+__all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "plan_room", "worker_bytes"]
 
 HISTOGRAM_BYTES = 8 << BIN_BITS
 OPEN = 1 / 24  # share of elements that a sample leaves open; with many equal updates it may be more
@@ -143,20 +145,35 @@ def _scratch_bytes(inputs: Inputs) -> int:
     largest = 0
     for pool in pools(inputs.tensors, inputs.recipe.scope).values():
         if pool[0].is_float and not is_small(pool, granularity):
-            elements = sum(spec.elements for spec in pool)
+            elements = elements_of(pool)
             kept = elements * tasks // 8 + int(elements * OPEN) * 4 * (1 + len(inputs.checkpoints))
             largest = max(largest, kept + pool_rows(pool, granularity) * _matrix_bytes(inputs))
     return largest
 
 
+def plan_room(inputs: Inputs) -> Room:
+    """What `plan` sets aside of the disk before it reads: all that its files may take, and about what the shelf will.
+
+    Bitmaps take 2 bytes for each element of a core, or a bit for each place, and begin with what is in them.
+    """
+    granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
+    cores, rows = [0] * tasks, 0
+    for pool in pools(inputs.tensors, inputs.recipe.scope).values():
+        if not pool[0].is_float:
+            continue
+        sizes = [chunk.size for spec in pool for chunk in chunks(spec.shape, granularity)]
+        opening = sum(8 + 8 * -(-size // bitsets.CONTAINER) for size in sizes)
+        most = sum(map(bitsets.most_bytes, sizes))
+        elements, rows = elements_of(pool), rows + pool_rows(pool, granularity)
+        for task, p in enumerate(pool[0].density):
+            cores[task] += min(most, opening + 2 * budget(p, elements)) if pool[0].eligible else opening
+    members = len(inputs.checkpoints) - inputs.first_member
+    return Room(cores, rows, members * (members + 1) // 2, _scratch_bytes(inputs))
+
+
 def _plan_bytes(inputs: Inputs) -> int:
-    """Cores at their largest (2 bytes an element, or a bit for each place), Gram matrices, and plan.json."""
-    total = 0
-    members = len(inputs.checkpoints)
-    for spec in inputs.tensors:
-        total += JSON_BYTES * (1 + len(spec.density))
-        if spec.is_float:
-            total += 8 * row_count(spec.shape, inputs.recipe.granularity) * members * (members + 3) // 2
-        if spec.eligible:
-            total += sum(min(2 * budget(p, spec.elements), spec.elements // 8) + 16 for p in spec.density)
-    return total
+    """Cores at their largest with their offsets, Gram matrices, coefficients, and plan.json."""
+    room, granularity, tasks = plan_room(inputs), inputs.recipe.granularity, len(inputs.recipe.tasks)
+    offsets = 8 * tasks * sum(len(chunks(spec.shape, granularity)) for spec in inputs.tensors)
+    matrices = 8 * room.rows * (room.pairs + len(inputs.checkpoints))
+    return sum(room.cores) + offsets + matrices + JSON_BYTES * len(inputs.tensors) * (1 + tasks)

@@ -24,7 +24,7 @@ from .selection import RUN, Bracket, around, sample_size
 from .shelf import Shelved
 from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode, kinds_of
 
-__all__ = ["Block", "Passes", "Scanned", "Settled"]
+__all__ = ["Block", "Passes", "Scanned", "Settled", "nothing_found"]
 
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
 # `Look`'s `least` and `half` by the base's dtype, which has so many bits of a fraction.
@@ -164,17 +164,7 @@ class Passes:
     def _look(self, spec: TensorSpec, chunk: Chunk, bracket: Bracket) -> tuple[Found, int]:
         """All that one look at the chunk finds, with the open elements in the thread's buffers; and their number."""
         buffers, checkpoints = self.workers.buffers, len(spec.sources)
-        members = checkpoints - self.member
-        words = -(-chunk.size // WORD)
-        found = Found(
-            bits=np.zeros((self.tasks, words), np.uint64),
-            counts=np.zeros((self.tasks, 5), np.int64),
-            peaks=np.zeros(checkpoints - 1, np.uint32),
-            sums=np.zeros((self.tasks, 2)),
-            gram=np.zeros((chunk.rows, members * (members + 1) // 2)),
-            places=buffers.places,
-            values=buffers.values[:, :checkpoints],
-        )
+        found = nothing_found(chunk, self.tasks, self.member, buffers.places, buffers.values[:, :checkpoints])
         raw, look = buffers.raw[:checkpoints], self._what(spec, chunk)
         opened = scanning.scan(raw, kinds_of(spec.sources), look, bracket.low, bracket.high, found, buffers.scratch)
         return found._replace(places=found.places[:opened], values=found.values[:opened]), int(opened)
@@ -244,6 +234,23 @@ class Passes:
     def _serialized(self, bits: npt.NDArray[np.uint64]) -> bytes:
         room = self.workers.buffers.serialized
         return room[: bitsets.serialize(bits, room)].tobytes()
+
+
+def nothing_found(
+    chunk: Chunk, tasks: int, member: int, places: npt.NDArray[np.uint32], values: npt.NDArray[np.float32]
+) -> Found:
+    """What a look at a chunk starts from; `places` [U] and `values` [U, C] are for the open elements."""
+    checkpoints = values.shape[1]
+    members = checkpoints - member
+    return Found(
+        bits=np.zeros((tasks, -(-chunk.size // WORD)), np.uint64),
+        counts=np.zeros((tasks, 5), np.int64),
+        peaks=np.zeros(checkpoints - 1, np.uint32),
+        sums=np.zeros((tasks, 2)),
+        gram=np.zeros((chunk.rows, members * (members + 1) // 2)),
+        places=places,
+        values=values,
+    )
 
 
 def _detached(found: Found, count: int) -> Found:

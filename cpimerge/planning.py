@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -13,18 +12,21 @@ from typing import Literal
 import numpy as np
 
 from . import __version__
-from .analysis import Analysis, Findings
+from .analysis import Analysis
 from .budget import Budget
 from .checkpoint import Checkpoint
-from .cores import CoreWriter
-from .folding import Folder, GramSpool
+from .findings import Findings
+from .folding import Folder
+from .identity import Files, plan_work
+from .needs import plan_room
 from .overlap import Counts, chance, jaccard, stages
-from .passes import Settled
+from .plan_checks import core_file
 from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
+from .plan_files import PlanFiles, remove_scratch
+from .plan_journal import PlanJournal
 from .preflight import Inputs, TensorSpec
 from .references import Reference, planned_path
-from .shelf import Shelf
-from .staging import Target, Watch, Work, staged_directory
+from .staging import Target, Watch, staged_directory
 from .stream import workers
 
 __all__ = ["make_plan"]
@@ -33,58 +35,28 @@ __all__ = ["make_plan"]
 def make_plan(inputs: Inputs, target: Target, budget: Budget, watch: Watch) -> Plan:
     """Read all inputs once and write the plan directory `target`.
 
-    Raises IncompatibleError for what only the data show (NaN, Inf, unequal non-float tensors), CheckpointError for
-    files that change or cannot be read, OutputError where the target cannot be written.
+    Goes on where an earlier run of the same plan was cut off, and tells `watch`. Raises IncompatibleError for what only
+    the data show (NaN, Inf, unequal non-float tensors), CheckpointError for files that change or cannot be read,
+    OutputError where the target cannot be written.
     """
-    threads = workers(budget.threads, len(inputs.checkpoints))
-    with (
-        staged_directory(target, inputs.directories, Work("plan", "")) as staging,
-        threads as pool,
-    ):
+    inputs_now = Files.of(inputs)
+    with staged_directory(target, inputs.directories, plan_work(inputs, inputs_now)) as staging:
         if staging.is_published:
             return Plan.load(target.directory)
-        with closing(_PlanFiles(inputs, staging.files)) as files:
-            findings = Analysis(inputs, pool, files.shelf, files.add, watch.progress).run()
-            plan = _conclude(inputs, findings, files).sealed()
+        with (
+            inputs_now.unchanged(),
+            PlanJournal(inputs, staging, plan_room(inputs)) as journal,
+            workers(budget.threads, len(inputs.checkpoints)) as pool,  # stops before what it writes to is closed
+        ):
+            findings = Analysis(inputs, pool, journal, watch).run()
+            plan = _conclude(inputs, findings, journal.files, staging.files).sealed()
             plan.save(staging.files)
+    if target.keep_journal:
+        remove_scratch(staging.root)
     return plan
 
 
-class _PlanFiles:
-    """What grows during the read: a core file for each task, and the spool of Gram matrices."""
-
-    def __init__(self, inputs: Inputs, directory: Path) -> None:
-        self.directory = directory
-        (directory / "cores").mkdir()
-        self.cores = [CoreWriter(directory / core_file(task)) for task in range(len(inputs.recipe.tasks))]
-        self.grams = GramSpool(directory)
-        self.shelf = Shelf(directory)
-        self.first_chunk: dict[str, int] = {}
-        self.first_row: dict[str, int] = {}
-
-    def close(self) -> None:
-        self.grams.close()
-        self.shelf.close()
-        for writer in self.cores:
-            writer.close()
-
-    def add(self, settled: Settled) -> None:
-        """Keep one chunk; chunks of a tensor come in order and together."""
-        name = settled.spec.name
-        if name not in self.first_chunk:
-            self.first_chunk[name] = self.cores[0].chunks
-            self.first_row[name] = self.grams.rows
-        for writer, core in zip(self.cores, settled.cores, strict=True):
-            writer.append(core)
-        self.grams.add(settled.gram, settled.chunk.opens_row)
-
-
-def core_file(task: int) -> str:
-    """Where the core of task number `task` lies in the plan directory."""
-    return f"cores/{task:02d}.roaring"
-
-
-def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) -> Plan:
+def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, directory: Path) -> Plan:
     """Everything that follows from the read."""
     recipe = inputs.recipe
     hashes = [writer.finish() for writer in files.cores]
@@ -93,9 +65,10 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
     backbone = order[-1][-1] if recipe.backbone == "last" else recipe.backbone
     backbone = "backbone" if isinstance(backbone, Reference) else backbone
     members = [backbone, *(task for stage in order for task in stage if task != backbone)]
-    folder = Folder(inputs, files.grams, files.first_row, members)
+    first_row = {name: found.first_row for name, found in findings.items() if found.first_row >= 0}
+    folder = Folder(inputs, files.grams, first_row, members)
     blended = [spec for spec in inputs.tensors if _action(spec, findings[spec.name]) == "blend"]
-    blends, coefficients_xxh3 = folder.fold_all(blended, files.directory)
+    blends, coefficients_xxh3 = folder.fold_all(blended, directory)
     return Plan(
         cpimerge=__version__,
         recipe=recipe.text,
@@ -111,7 +84,7 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: _PlanFiles) 
         vocabulary=inputs.vocabulary,
         chat_template=inputs.chat_template,
         coefficients_xxh3=coefficients_xxh3,
-        tensors=[_tensor(inputs, spec, findings[spec.name], files, blends.get(spec.name)) for spec in inputs.tensors],
+        tensors=[_tensor(inputs, spec, findings[spec.name], blends.get(spec.name)) for spec in inputs.tensors],
     )
 
 
@@ -199,7 +172,7 @@ def _pairs(inputs: Inputs, findings: dict[str, Findings], total: Counts) -> Iter
         )
 
 
-def _tensor(inputs: Inputs, spec: TensorSpec, found: Findings, files: _PlanFiles, blend: Blend | None) -> TensorPlan:
+def _tensor(inputs: Inputs, spec: TensorSpec, found: Findings, blend: Blend | None) -> TensorPlan:
     names = [task.name for task in inputs.recipe.tasks]
     return TensorPlan(
         name=spec.name,
@@ -207,8 +180,8 @@ def _tensor(inputs: Inputs, spec: TensorSpec, found: Findings, files: _PlanFiles
         dtype=spec.dtype,
         base_dtype=spec.sources[0].dtype,
         action=_action(spec, found),
-        first_chunk=files.first_chunk.get(spec.name, 0),
-        first_row=files.first_row.get(spec.name, 0),
+        first_chunk=max(found.first_chunk, 0),
+        first_row=max(found.first_row, 0),
         xxh3=dict(zip(inputs.names, found.hashes, strict=True)),
         claimed=found.claimed,
         tasks={name: _task_tensor(spec, found, number) for number, name in enumerate(names)} if spec.is_float else {},

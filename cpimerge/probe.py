@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .analysis import examine
 from .checkpoint import ITEM_BYTES
+from .examination import examine
 from .kernels.floats import KINDS
 from .kernels.mixing import Mix, blend
 from .passes import Passes

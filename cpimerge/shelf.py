@@ -1,74 +1,109 @@
-"""Arrays that wait in a nameless file until they are needed again: what is too much to hold in memory."""
+"""Arrays that wait in a file until they are needed again: what is too much to hold in memory."""
 
 from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-__all__ = ["Shelf", "Shelved"]
+from .disk import flush_data, reserve, write_at
+
+__all__ = ["Kinds", "Shelf", "Shelved"]
 
 Arrays = Sequence[npt.NDArray[Any]]
+Kinds = tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # dtypes and shapes
+
+ALIGNED = 8  # bytes that every array begins at a multiple of
 
 
 @dataclass(frozen=True, slots=True)
 class Shelved:
-    """Where arrays lie, and what they are."""
+    """Where arrays lie, what they are, and the xxh3-64 of their bytes."""
 
     offset: int
-    kinds: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]
+    kinds: Kinds
+    xxh3: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + sum(size + -size % ALIGNED for size in self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each array."""
+        return [int(np.prod(shape)) * dtype.itemsize for dtype, shape in self.kinds]
 
 
 class Shelf:
     """Puts arrays away and gets them back, from any thread."""
 
-    def __init__(self, directory: Path) -> None:
-        self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - lives as long as the shelf
+    def __init__(self, file: Path, nbytes: int = 0) -> None:
+        """With `nbytes` of the disk set aside. Raises OSError, also where `file` is a link or the disk lacks them."""
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._lock = threading.Lock()
         self._end = 0
+        try:
+            reserve(self._handle, nbytes)
+        except OSError:
+            self.close()
+            raise
 
     def put(self, arrays: Arrays) -> Shelved:
         """Raises OSError where the disk is full."""
         data = b"".join(array.tobytes() + bytes(-array.nbytes % ALIGNED) for array in arrays)
         with self._lock:
             offset, self._end = self._end, self._end + len(data)
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self._file.fileno(), view, offset + len(data) - len(view))
-            view = view[count:]
-        return Shelved(offset, tuple((array.dtype, array.shape) for array in arrays))
+        write_at(self._handle, memoryview(data), offset)
+        kinds = tuple((array.dtype, array.shape) for array in arrays)
+        return Shelved(offset, kinds, xxhash.xxh3_64_intdigest(data))
 
     def get(self, shelved: Shelved) -> list[npt.NDArray[Any]]:
         """Copies, which may be written to. Raises OSError where the file was cut short."""
-        sizes = [int(np.prod(shape)) * dtype.itemsize for dtype, shape in shelved.kinds]
-        data = np.empty(sum(size + -size % ALIGNED for size in sizes), np.uint8)
-        done = 0
-        while done < data.size:
-            count = os.preadv(self._file.fileno(), [memoryview(data)[done:]], shelved.offset + done)
-            if not count:
-                raise OSError(errno.EIO, "what was put away is gone")
-            done += count
+        data = self._read(shelved)
         arrays, place = [], 0
-        for size, (dtype, shape) in zip(sizes, shelved.kinds, strict=True):
+        for size, (dtype, shape) in zip(shelved.sizes, shelved.kinds, strict=True):
             arrays.append(data[place : place + size].view(dtype).reshape(shape))
             place += size + -size % ALIGNED
         return arrays
 
+    def holds(self, shelved: Shelved) -> bool:
+        """Whether it is still there, as an earlier run may have put it."""
+        if shelved.end > os.fstat(self._handle).st_size:
+            return False
+        return xxhash.xxh3_64_intdigest(self._read(shelved)) == shelved.xxh3
+
+    def go_on(self, end: int) -> None:
+        """Put what comes behind the first `end` bytes, which are an earlier run's."""
+        self._end = end
+
     def clear(self) -> None:
-        """Forget everything."""
-        os.ftruncate(self._file.fileno(), 0)
+        """Forget everything, and keep the room."""
         self._end = 0
 
+    def sync(self) -> None:
+        """Have the disk take everything that was put there; on any thread. Raises OSError."""
+        flush_data(self._handle)
+
     def close(self) -> None:
-        self._file.close()
+        """Once is enough."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
-
-ALIGNED = 8  # bytes that every array begins at a multiple of
+    def _read(self, shelved: Shelved) -> npt.NDArray[np.uint8]:
+        data = np.empty(shelved.end - shelved.offset, np.uint8)
+        done = 0
+        while done < data.size:
+            count = os.preadv(self._handle, [memoryview(data)[done:]], shelved.offset + done)
+            if not count:
+                raise OSError(errno.EIO, "what was put away is gone")
+            done += count
+        return data

@@ -16,14 +16,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import __version__
 from .disk import flush, held_bytes
-from .errors import IncompatibleError, OutputError, PlanError
+from .errors import ChangedInputError, IncompatibleError, OutputError, PlanError
 from .journal import Journal, Record
 from .writer import MAX_SHARD_BYTES
 
@@ -42,7 +42,7 @@ __all__ = [
 
 FORMAT = {"format": "cpimerge journal", "version": 1, "cpimerge": __version__}
 # The inputs must change before the same work can be done, so what was done of it is worth nothing.
-VERDICTS = (IncompatibleError, PlanError)
+VERDICTS = (ChangedInputError, IncompatibleError, PlanError)
 ADDED_TO_NAMES = 24  # bytes, at most, of what is put around a target's name
 MAX_NAME = 255  # bytes, of every file system in use
 GO_ON = "what is done so far is kept: the same command goes on from there, --restart begins anew"
@@ -78,15 +78,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Work:
-    """What is being done: runs of one `kind` ("plan", "fuse") and one `identity`, a hash, end in the same bytes."""
+    """What is being done: runs of one `kind` ("plan", "fuse") and one `identity`, a hash, end in the same bytes.
+
+    `parts`, hashes by name, say which of the things that decide it are others, where it is another.
+    """
 
     kind: str
     identity: str
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def opening(self) -> Record:
         """The first record of its journal."""
-        return {**FORMAT, "kind": self.kind, "identity": self.identity}
+        return {**FORMAT, "kind": self.kind, "identity": self.identity, "parts": dict(self.parts)}
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,17 @@ def _described(opening: Record, work: Work) -> str:
         return f"a {work.kind} by cpimerge {opening.get('cpimerge')}, and this is {__version__}"
     if opening.get("kind") != work.kind:
         return f"a {opening.get('kind')}, and this is a {work.kind}"
-    return f"another {work.kind}: of other inputs or settings"
+    changed = _changed(opening.get("parts"), work.parts)
+    return f"another {work.kind}: {changed} since" if changed else f"another {work.kind}: of other inputs or settings"
+
+
+def _changed(then: object, now: Mapping[str, str]) -> str:
+    """Which part of the work is not what it was; '' where that is not known."""
+    if not isinstance(then, dict):
+        return ""
+    parts = [part for part in {**now, **then} if then.get(part) != now.get(part)]
+    more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+    return f"{parts[0]}{more} changed" if parts else ""
 
 
 def staged_bytes(target: Path) -> int:

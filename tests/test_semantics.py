@@ -21,14 +21,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cpimerge import analysis, fuse, load_recipe, passes, preflight, selection, stream
+from cpimerge import analysis, examination, fuse, load_recipe, passes, preflight, selection, stream
 from cpimerge.budget import Budget
 from cpimerge.cores import CoreReader
 from cpimerge.plan_arrays import chunks_of
 from cpimerge.plan_file import COEFFICIENTS_FILE, Plan
 from cpimerge.planning import make_plan
+from cpimerge.staging import Target, Watch
 from cpimerge.stream import chunks, row_count
 
+NOBODY = Watch(lambda *_: None, lambda *_: None)
 FOLD_TOLERANCE = 1e-6  # coefficients are rounded to float32
 
 
@@ -38,7 +40,7 @@ def small_chunks(elements: int) -> Iterator[None]:
     with (
         mock.patch.object(stream, "CHUNK", elements),
         mock.patch.object(stream, "CHUNK_ROWS", 3),
-        mock.patch.object(analysis, "BLOCK_CHUNKS", 2),
+        mock.patch.object(examination, "BLOCK_CHUNKS", 2),
         mock.patch.object(analysis, "CHUNK", elements),
         mock.patch.object(passes, "CHUNK", max(elements, selection.RUN)),
     ):
@@ -58,7 +60,7 @@ def rough_guesses(whole: int, run: int, deviations: float, crowded: float, gathe
         mock.patch.object(selection, "DEVIATIONS", deviations),
         mock.patch.object(passes, "CROWDED", crowded),
         mock.patch.object(passes, "FEW", 0),
-        mock.patch.object(analysis, "GATHERED", gathered),
+        mock.patch.object(examination, "GATHERED", gathered),
         mock.patch.object(analysis, "is_single", return_value=False),
     ):
         yield
@@ -68,8 +70,8 @@ def plan_and_fuse(directory: Path, case: Case, s: reference.Settings, *, shared:
     """Plan with every pool shared by all workers or with none, and fuse into `out`."""
     recipe = load_recipe(write_case(directory, case, s, shards=min(2, len(case.base))))
     small = 0 if shared else 1 << 30
-    with mock.patch.object(analysis, "SMALL", small), mock.patch.object(analysis, "SMALL_ROWS", small):
-        plan = make_plan(preflight.check(recipe), directory / "plan", Budget(2, 0), False, lambda *_: None)
+    with mock.patch.object(examination, "SMALL", small), mock.patch.object(examination, "SMALL_ROWS", small):
+        plan = make_plan(preflight.check(recipe), Target(directory / "plan"), Budget(2, 0), NOBODY)
     fuse(directory / "plan", directory / "out", threads=2)
     return plan
 

@@ -24,7 +24,7 @@ arrays = KINDS.flatmap(lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Iterator[Shelf]:
-    result = Shelf(tmp_path)
+    result = Shelf(tmp_path / "shelf")
     yield result
     result.close()
 
@@ -36,7 +36,7 @@ def same(found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
 @given(st.lists(st.lists(arrays, max_size=4), max_size=5))
 def test_arrays_come_back_in_any_order(groups: list[list[np.ndarray]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        shelf = Shelf(Path(directory))
+        shelf = Shelf(Path(directory, "shelf"))
         shelved = [shelf.put(group) for group in groups]
         for place in reversed(range(len(groups))):
             assert same(shelf.get(shelved[place]), groups[place])
@@ -74,20 +74,39 @@ def test_a_named_tuple_of_arrays(shelf: Shelf) -> None:
     assert same(list(Pair(*shelf.get(shelf.put(pair)))), list(pair))
 
 
-def test_the_file_has_no_name(tmp_path: Path, shelf: Shelf) -> None:
-    shelf.put([np.ones(1000)])
-    assert list(tmp_path.iterdir()) == []
+def test_what_an_earlier_run_put_there_is_still_there(tmp_path: Path, shelf: Shelf) -> None:
+    first, second = shelf.put([np.arange(5)]), shelf.put([np.ones(3, np.uint8), np.arange(4.0)])
+    shelf.close()
+    again = Shelf(tmp_path / "shelf")
+    assert again.holds(first)
+    assert again.holds(second)
+    again.go_on(first.end)
+    third = again.put([np.arange(7, 10)])
+    assert third.offset == first.end
+    assert again.holds(first)
+    assert same(again.get(first), [np.arange(5)])
+    assert not again.holds(second)
+    os.truncate(tmp_path / "shelf", third.end - 1)
+    assert not again.holds(third)
+    again.close()
 
 
-def test_clear_makes_room(shelf: Shelf) -> None:
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to("precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        Shelf(tmp_path / "link")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_room_that_clear_makes_is_used_again(tmp_path: Path, shelf: Shelf) -> None:
     first = shelf.put([np.ones(1000)])
     shelf.put([np.ones(1000)])
-    assert os.fstat(shelf._file.fileno()).st_size == 16_000
     shelf.clear()
-    assert os.fstat(shelf._file.fileno()).st_size == 0
     again = shelf.put([np.full(2, 3.0)])
     assert again.offset == first.offset
     assert same(shelf.get(again), [np.full(2, 3.0)])
+    assert (tmp_path / "shelf").stat().st_size == 16_000
 
 
 def test_the_system_may_take_and_give_a_little_at_a_time(shelf: Shelf) -> None:

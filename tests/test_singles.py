@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from unittest import mock
 
@@ -14,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpimerge import analysis, preflight, singles, stream
-from cpimerge.analysis import examine
+from cpimerge.examination import examine
 from cpimerge.kernels.singles import GOLDEN, MOST, RUN, SHARE, WHOLE
+from cpimerge.needs import plan_room
 from cpimerge.passes import Passes, Scanned, Settled
+from cpimerge.plan_journal import PlanJournal
 from cpimerge.preflight import Inputs
 from cpimerge.recipe import load_recipe
-from cpimerge.shelf import Shelf
+from cpimerge.staging import Target, Watch, Work, staged_directory
 
 Found = list[Scanned | Settled]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -135,8 +136,9 @@ def test_they_are_not_examined_one_by_one(tmp_path: Path) -> None:
     found = inputs(tmp_path, tensors, "density: 0.5")
     with (
         mock.patch.object(analysis, "examine", side_effect=AssertionError),
+        staged_directory(Target(tmp_path / "plan"), [], Work("plan", "")) as staging,
+        PlanJournal(found, staging, plan_room(found)) as journal,
         stream.workers(1, 3) as pool,
-        closing(Shelf(tmp_path)) as shelf,
     ):
-        work = analysis.Analysis(found, pool, shelf, lambda _: None, lambda *_: None)
+        work = analysis.Analysis(found, pool, journal, Watch(lambda *_: None, lambda *_: None))
         assert [found.claimed for found in work.run().values()] == [4] * 50
