@@ -1,6 +1,6 @@
 # Every verb works in a fresh clone: what it needs is installed into .venv first, once.
 # Settings: PYTHON=/path/to/python (3.11 or later), PYTEST="arguments of pytest", DEMO="arguments of cpimerge demo",
-# FUZZ="arguments of python -m fuzz".
+# FUZZ="arguments of python -m fuzz", TORTURE="arguments of torture/torture.py".
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
@@ -9,13 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := -n 2
 DEMO :=
+TORTURE :=
 FUZZ := --seconds 20
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup test lint bench fuzz demo clean
+.PHONY: help setup test lint bench fuzz torture demo clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/stamp-test ## install everything into .venv: cpimerge, its test suite and the linters
 
@@ -32,6 +33,9 @@ bench: $(VENV)/stamp-test ## measure speed and memory, beside mergekit
 
 fuzz: $(VENV)/stamp-fuzz ## look for inputs that break a parser: FUZZ="--seconds 20" for each of them
 	@$(BIN)/python -m fuzz $(FUZZ)
+
+torture: $(VENV)/stamp-run ## kill real runs everywhere, let their disk fail or lose power, and compare what is left
+	@$(BIN)/python torture/torture.py $(TORTURE)
 
 demo: $(VENV)/stamp-run ## train small models, fuse them, print the scores (installs only what cpimerge needs)
 	@$(BIN)/cpimerge demo $(DEMO)
