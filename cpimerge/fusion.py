@@ -25,7 +25,7 @@ from .errors import CheckpointError, IncompatibleError, PlanError
 from .findings import content_hash
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
-from .models import Locate, Located, locate, open_model
+from .models import Locate, locate, open_model
 from .needs import check_disk
 from .pieces import FETCH_BYTES
 from .plan_arrays import chunks_of, open_coefficients
@@ -70,7 +70,7 @@ def fuse_plan(
     _check_companions(plan, base, target)
     layouts = shard_layouts((tensor.output for tensor in plan.tensors), target.shard_bytes)
     forbidden = [plan_dir, *(path for checkpoint in checkpoints.values() for path in checkpoint.directories)]
-    work = Work("fuse", f"{plan_hash(plan_dir)} {target.shard_bytes}")
+    work = target.work or Work("fuse", f"{plan_hash(plan_dir)} {target.shard_bytes}")
     threads = workers(budget.threads, len(checkpoints))
     with staged_directory(target, forbidden, work) as staging, threads as pool:
         if staging.is_published:
@@ -97,24 +97,27 @@ def _check_companions(plan: Plan, base: Path, target: Target) -> None:
 def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
     """Every checkpoint of the plan by name, where `find` finds it.
 
-    Raises PlanError naming all that is gone or changed since.
+    Raises PlanError naming all that changed since; where that is nothing, CheckpointError naming all that cannot be
+    read: it may be back in a moment.
     """
     checkpoints: dict[str, Checkpoint] = {}
+    unread: list[str] = []
     changed: list[str] = []
-    located = _locate_all(plan, find)
     for planned in plan.inputs:
         try:
-            checkpoint = open_model(located[planned.name], checkpoints.get("base"))
+            located = find(planned.reference, planned.name == "base")
+            checkpoint = checkpoints[planned.name] = open_model(located, checkpoints.get("base"))
         except CheckpointError as error:
-            changed.extend(error.problems)
+            unread.extend(error.problems)
             continue
-        checkpoints[planned.name] = checkpoint
         now = {shard.file.name: (shard.size, shard.header_xxh3) for shard in checkpoint.shards}
         then = {shard.file: (shard.size, shard.header_xxh3) for shard in planned.shards}
         differing = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
         changed.extend(f"{_place(checkpoint, file)}: {_change(now.get(file), then.get(file))}" for file in differing)
     if changed:
-        raise PlanError([*changed, PLAN_AGAIN])
+        raise PlanError([*changed, *unread, PLAN_AGAIN])
+    if unread:
+        raise CheckpointError(unread)
     if plan.vocabulary is not None:
         checkpoints = _in_one_vocabulary(plan.vocabulary, checkpoints)
     _check_fit(plan, checkpoints)
@@ -136,20 +139,6 @@ def _check_fit(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
             )
     if problems:
         raise PlanError([*problems, PLAN_AGAIN])
-
-
-def _locate_all(plan: Plan, find: Locate) -> dict[str, Located]:
-    """Where the inputs are. Raises PlanError naming every model of the Hub that is not to be had."""
-    located: dict[str, Located] = {}
-    absent: list[str] = []
-    for planned in plan.inputs:
-        try:
-            located[planned.name] = find(planned.reference, planned.name == "base")
-        except CheckpointError as error:
-            absent.extend(error.problems)
-    if absent:
-        raise PlanError(absent)
-    return located
 
 
 def _in_one_vocabulary(planned: Vocabulary, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -18,7 +18,7 @@ from .preflight import Inputs
 from .references import planned_path
 from .staging import Work
 
-__all__ = ["Files", "plan_work"]
+__all__ = ["Files", "merge_work", "plan_work"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,12 @@ def plan_work(inputs: Inputs, files: Files) -> Work:
             place = Path(planned_path(shard.file.parent), shard.file.name)
             parts[str(place)] = _hash(shard.size, shard.header_xxh3, shard.sha256, written)
     return Work("plan", _hash(*parts.items(), *tensors, *inputs.notes, inputs.chat_template, vocabulary), parts)
+
+
+def merge_work(inputs: Inputs, shard_bytes: int) -> Work:
+    """A whole merge, by all that decides its plan, and the most bytes of tensors in one file of the output."""
+    plan = plan_work(inputs, Files.of(inputs))
+    return Work("merge", f"{plan.identity} {shard_bytes}", plan.parts)
 
 
 def _description(checkpoint: Checkpoint) -> Iterator[str | None]:

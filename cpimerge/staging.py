@@ -33,6 +33,8 @@ __all__ = [
     "Watch",
     "Work",
     "check_target",
+    "forget",
+    "is_published",
     "private_directory",
     "remove",
     "resumable_directory",
@@ -61,24 +63,8 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where an output goes.
-
-    `force`: it replaces what is there. `restart`: what an earlier run left unfinished is deleted. `shard_bytes`: of
-    tensors, the most in one file of a model. `keep_journal`: it stays beside the output, so that the next run sees
-    that the output is there already.
-    """
-
-    directory: Path
-    force: bool = False
-    restart: bool = False
-    shard_bytes: int = MAX_SHARD_BYTES
-    keep_journal: bool = False
-
-
-@dataclass(frozen=True)
 class Work:
-    """What is being done: runs of one `kind` ("plan", "fuse") and one `identity`, a hash, end in the same bytes.
+    """What is being done: runs of one `kind` ("plan", "fuse", "merge") and `identity`, a hash, end in the same bytes.
 
     `parts`, hashes by name, say which of the things that decide it are others, where it is another.
     """
@@ -91,6 +77,23 @@ class Work:
     def opening(self) -> Record:
         """The first record of its journal."""
         return {**FORMAT, "kind": self.kind, "identity": self.identity, "parts": dict(self.parts)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an output goes.
+
+    `force`: it replaces what is there. `restart`: what an earlier run left unfinished is deleted. `shard_bytes`: of
+    tensors, the most in one file of a model. `keep_journal`: it stays beside the output, so that the next run sees
+    that the output is there already. `work`: what is being done, where that is more than making this output.
+    """
+
+    directory: Path
+    force: bool = False
+    restart: bool = False
+    shard_bytes: int = MAX_SHARD_BYTES
+    keep_journal: bool = False
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,23 @@ def _changed(then: object, now: Mapping[str, str]) -> str:
     parts = [part for part in {**now, **then} if then.get(part) != now.get(part)]
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     return f"{parts[0]}{more} changed" if parts else ""
+
+
+def is_published(target: Target) -> bool:
+    """Whether an earlier run of the target's work has put it in place, and was cut off then. Raises OutputError.
+
+    Such a run leaves its journal, which `forget` deletes.
+    """
+    real = _real(target.directory)
+    root = _beside(real, "partial")
+    with _output_errors(target.directory):
+        left = [] if target.restart or not target.work else _left_over(root, target.directory, target.work)
+        return bool(left) and _was_published(root, real)
+
+
+def forget(target: Path) -> None:
+    """Delete what a run with `keep_journal` left beside its target."""
+    shutil.rmtree(_beside(_real(target), "partial"), ignore_errors=True)
 
 
 def staged_bytes(target: Path) -> int:

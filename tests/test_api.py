@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class Watcher:
 
 
 def test_all_names_exactly_the_public_ones() -> None:
-    functions = ["estimate", "fuse", "inspect", "load_recipe", "merge", "plan", "push"]
+    functions = ["estimate", "fuse", "inspect", "load_recipe", "merge", "plan", "push", "verify", "verify_inputs"]
     classes = ["Recipe", *errors.__all__]
     assert sorted(cpimerge.__all__) == sorted(functions + classes)
     for name in functions:
@@ -279,17 +280,50 @@ def test_merge_where_a_callback_objects(models: Path, tmp_path: Path, watched: s
     assert [path.name for path in tmp_path.iterdir()] == left
 
 
-def test_merge_leaves_nothing_where_fusing_fails(models: Path, tmp_path: Path) -> None:
+def test_merge_goes_on_when_an_input_is_back(models: Path, tmp_path: Path) -> None:
     """The base disappears after planning."""
     for name in ("base", "a", "b"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for file, content in files(models / name).items():
             (tmp_path / "in" / name / file).write_bytes(content)
     recipe = write_recipe(tmp_path / "in" / "recipe.yml", **recipe_keys(tmp_path / "in"))
-    weights = tmp_path / "in" / "base" / "model.safetensors"
-    with pytest.raises(cpimerge.PlanError, match="base"):
-        cpimerge.merge(recipe, tmp_path / "out", planned=lambda plan: weights.unlink(), **LIMITS)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    base, away = tmp_path / "in" / "base", tmp_path / "in" / "away"
+    with pytest.raises(cpimerge.CheckpointError, match="base: no such directory"):
+        cpimerge.merge(recipe, tmp_path / "out", planned=lambda plan: base.rename(away), **LIMITS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.merge", "in"]
+    away.rename(base)
+    watcher = Watcher()
+    cpimerge.merge(recipe, tmp_path / "out", progress=watcher.callback("progress"), **LIMITS)
+    assert {call[1][0] for call in watcher.calls} == {"fuse"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize("place", [".out.merge", ".out.partial"])
+def test_a_merge_that_was_killed_at_its_end(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While it deleted what lies beside its output, which was there: the next run sees that, and does nothing."""
+    rmtree = shutil.rmtree
+
+    def stop(path: Path, **options: Any) -> None:
+        if Path(path).name == place:
+            rmtree(path / "plan" / "cores" if place == ".out.merge" else path / "files", **options)
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    whole = cpimerge.merge(models / "recipe.yml", tmp_path / "whole", **LIMITS)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cpimerge.merge(models / "recipe.yml", tmp_path / "out", **LIMITS)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    watcher = Watcher()
+    again = cpimerge.merge(models / "recipe.yml", tmp_path / "out", progress=watcher.callback("progress"), **LIMITS)
+    assert again == whole
+    assert not watcher.calls
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    with pytest.raises(cpimerge.OutputError, match="not empty"):
+        cpimerge.merge(models / "recipe.yml", tmp_path / "out", **LIMITS)
 
 
 def test_merge_refuses_its_output_before_it_plans(models: Path, tmp_path: Path) -> None:

@@ -1075,14 +1075,6 @@ CHANGED: dict[str, tuple[Spoil, list[str]]] = {
         lambda home: flip(home / WEIGHTS, _place_of(home / WEIGHTS, "ids")),
         ["math: tensor 'ids': changed since planned"],
     ),
-    "checkpoint gone": (
-        lambda home: shutil.rmtree(home / "math"),
-        ["math: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name"],
-    ),
-    "damaged": (
-        lambda home: (home / WEIGHTS).write_bytes(b""),
-        [f"{WEIGHTS}: incomplete: 0 bytes, shorter than its own header. {AGAIN}"],
-    ),
     "sharded": (
         lambda home: sharded(home),
         [
@@ -1107,6 +1099,34 @@ def test_changed_inputs(home: Path, case: str) -> None:
     plan(home)
     spoil(home)
     assert refused(home, lambda: fuse(home)) == (PlanError, [*problems, PLAN_AGAIN])
+
+
+UNREAD: dict[str, tuple[Spoil, list[str]]] = {
+    "checkpoint gone": (
+        lambda home: shutil.rmtree(home / "math"),
+        ["math: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name"],
+    ),
+    "damaged": (
+        lambda home: (home / WEIGHTS).write_bytes(b""),
+        [f"{WEIGHTS}: incomplete: 0 bytes, shorter than its own header. {AGAIN}"],
+    ),
+    "both": (
+        lambda home: [(home / WEIGHTS).write_bytes(b""), shutil.rmtree(home / "base")],
+        [
+            "base: no such directory. Correct the path; a model on the Hugging Face Hub is written org/name",
+            f"{WEIGHTS}: incomplete: 0 bytes, shorter than its own header. {AGAIN}",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_inputs_that_cannot_be_read_any_more(home: Path, case: str) -> None:
+    """They may be back in a moment, on a disk that was unplugged: that they changed is not said."""
+    spoil, problems = UNREAD[case]
+    plan(home)
+    spoil(home)
+    assert refused(home, lambda: fuse(home)) == (CheckpointError, problems)
 
 
 def edited(home: Path, **entries: object) -> None:
