@@ -6,15 +6,16 @@ processors of older versions read `chat_template.json`. The output has the same 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .checkpoint import Checkpoint, collect, read_json_object
+from .dialect import has_control
 from .errors import CheckpointError
+from .ordinary import check_inside, read_ordinary
+from .plain_json import json_bytes
 
 __all__ = ["check_replaceable", "read_template", "settle_template", "write_template"]
 
@@ -71,24 +72,31 @@ def read_template(directory: Path) -> str | None:
     """The default template of the tokenizer in a directory. Raises CheckpointError or OSError for unreadable files."""
     if (directory / TEMPLATE).is_file():
         try:
-            return _bounded(directory / TEMPLATE).read_text(encoding="utf-8")
+            raw = read_ordinary(_inside(directory / TEMPLATE), MAX_BYTES)
+            return _checked(directory / TEMPLATE, raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"))
         except UnicodeDecodeError:
             raise CheckpointError(f"{directory / TEMPLATE}: is not UTF-8 text. Download it again") from None
     if not (directory / TOKENIZER_CONFIG).is_file():
         return None
-    written = read_json_object(_bounded(directory / TOKENIZER_CONFIG)).get(KEY)
+    written = read_json_object(_inside(directory / TOKENIZER_CONFIG)).get(KEY)
     if isinstance(written, list):  # of named templates
         entries = [entry for entry in written if isinstance(entry, dict)]
         written = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(written, dict):
         written = written.get("default")
-    return written if isinstance(written, str) else None
+    return _checked(directory / TOKENIZER_CONFIG, written) if isinstance(written, str) else None
 
 
-def _bounded(file: Path) -> Path:
-    if file.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{file}: is larger than {MAX_BYTES // 1_000_000} MB. Download it again")
+def _inside(file: Path) -> Path:
+    check_inside(file)
     return file
+
+
+def _checked(file: Path, template: str) -> str:
+    """Raises CheckpointError where a template has what no text has."""
+    if has_control(template):
+        raise CheckpointError(f"{file}: its chat template has control characters. Download it again")
+    return template
 
 
 def check_replaceable(base: Path, problems: list[str]) -> None:
@@ -96,18 +104,14 @@ def check_replaceable(base: Path, problems: list[str]) -> None:
     for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
         with collect(base / name, problems):
             if (base / name).is_file():
-                read_json_object(_bounded(base / name))
+                read_json_object(base / name)
 
 
 def write_template(out: Path, template: str) -> None:
     """Give the output directory `out` this template and no other."""
     (out / TEMPLATE).write_bytes(template.encode())
     for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
-        if (out / name).is_file() and KEY in (content := read_json_object(_bounded(out / name))):
-            _write_json(out / name, content | {KEY: template})
+        if (out / name).is_file() and KEY in (content := read_json_object(out / name)):
+            (out / name).write_bytes(json_bytes(content | {KEY: template}))
     if (out / NAMED_TEMPLATES).is_dir():
         shutil.rmtree(out / NAMED_TEMPLATES)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

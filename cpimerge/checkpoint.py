@@ -21,7 +21,7 @@ import xxhash
 
 from .errors import CheckpointError
 from .ordinary import read_ordinary
-from .plain_json import parse_object, shown
+from .plain_json import is_deep, parse_object, shown
 
 if TYPE_CHECKING:
     from .ties import Twins
@@ -357,8 +357,11 @@ def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int,
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A file as a JSON object without duplicate keys. Raises CheckpointError, or OSError."""
-    return _parse_object(file, read_ordinary(file, MAX_JSON_BYTES))
+    """A file as a JSON object without duplicate keys, of sane depth. Raises CheckpointError, or OSError."""
+    found = _parse_object(file, read_ordinary(file, MAX_JSON_BYTES))
+    if is_deep(found):
+        raise CheckpointError(f"{file}: its JSON is nested too deeply. {AGAIN}")
+    return found
 
 
 def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -18,6 +19,8 @@ from .card import hub_place, model_card, model_name, recipe_without_places
 from .chat_template import write_template
 from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, is_unicode
 from .directory import CHECKPOINT_FILES
+from .ordinary import LEADS_OUT, leads_out, read_ordinary
+from .plain_json import json_bytes
 from .plan_file import Input, Plan, TensorPlan, plan_hash
 from .union_tokenizer import Edit, union_edits
 from .writer import ShardLayout, index_json
@@ -37,6 +40,11 @@ __all__ = [
 MANIFEST = "cpimerge_manifest.json"
 MODULES = "modules.json"
 CARD = "README.md"
+MAX_MODULES_BYTES = 1_000_000
+# What an output has as files, whatever the base has.
+WRITTEN = re.compile(
+    r"readme\.md|cpimerge_manifest\.json|chat_template\.jinja|config\.json|model.*\.safetensors.*", re.IGNORECASE
+)
 # Of card, headers, index and manifest: for the whole, a tensor, and an angle of its blend. Names are rarely longer.
 JSON_BYTES, TENSOR_JSON_BYTES, ANGLE_JSON_BYTES = 10_000, 500, 30
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -107,16 +115,31 @@ def companion_bytes(base: Path, tensors: int, members: int) -> int:
 
 def companion_files(base: Path) -> Iterator[Path]:
     """Every file of the base that its output needs too, in a fixed order. Raises OSError for unreadable folders."""
+    return (place for place in _companions(base) if not place.is_dir())
+
+
+def _companions(base: Path) -> Iterator[Path]:
+    """The companion files, and the folders that would be entered if they did not lead out of the base."""
     modules = _modules(base)
-    seen: set[str] = set()  # links may go in circles
+    seen = {_identity_of(base)}  # links may go in circles
     for directory, folders, files in os.walk(base, followlinks=True, onerror=_raise):
-        seen.add(os.path.realpath(directory))
-        inside = (Path(directory, folder) for folder in sorted(folders))
-        folders[:] = [
-            folder.name for folder in inside if _enters(folder, modules) and os.path.realpath(folder) not in seen
-        ]
+        entered = []
+        for folder in (Path(directory, name) for name in sorted(folders)):
+            if not _enters(folder, modules) or _identity_of(folder) in seen:
+                continue
+            if folder.is_symlink() and leads_out(folder, base):
+                yield folder
+                continue
+            seen.add(_identity_of(folder))
+            entered.append(folder.name)
+        folders[:] = entered
         denied = STATE if Path(directory) in modules else WEIGHTS_IN_ANY_FORM + STATE
         yield from (Path(directory, name) for name in sorted(files) if not matches_any(name, denied))
+
+
+def _identity_of(directory: Path) -> tuple[int, int]:
+    found = directory.stat()
+    return found.st_dev, found.st_ino
 
 
 def _enters(folder: Path, modules: Iterable[Path]) -> bool:
@@ -130,8 +153,8 @@ def _enters(folder: Path, modules: Iterable[Path]) -> bool:
 def _modules(base: Path) -> set[Path]:
     """Folders of sentence-transformers' modules.json; none where there is no such file."""
     try:
-        modules = json.loads((base / MODULES).read_bytes())
-    except (FileNotFoundError, ValueError):
+        modules = json.loads(read_ordinary(base / MODULES, MAX_MODULES_BYTES))
+    except (FileNotFoundError, ValueError, RecursionError):
         return set()
     entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return {base / str(entry.get("path")) for entry in entries} - {base}
@@ -149,16 +172,21 @@ def is_weights(name: str) -> bool:
 
 def unreadable(base: Path) -> Iterator[str]:
     """A problem for each companion that cannot be copied, so that no merge fails at its end."""
-    for file in companion_files(base):
-        if not is_unicode(str(file.relative_to(base))):
+    for file in _companions(base):
+        if file.is_symlink() and file.exists() and leads_out(file, base):
+            yield f"{file}: {LEADS_OUT}"
+        elif not is_unicode(str(file.relative_to(base))):
             yield f"{str(file)!r}: its name is not Unicode, and the output needs it too. Rename or remove it"
         elif not (file.is_file() and os.access(file, os.R_OK)):
             yield f"{file}: cannot be read, and the output needs it too. Complete the download, or remove it"
+    for folder in sorted(base.iterdir()):
+        if folder.is_dir() and WRITTEN.fullmatch(folder.name):
+            yield f"{folder}: is a folder, and the output has a file of this name. Rename or remove it"
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Whether a file's name fits one of the globs."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)  # README.md is readme.md, too
 
 
 def _raise(error: OSError) -> None:
@@ -186,7 +214,7 @@ def config_with_dtype(raw: bytes, dtypes: Sequence[str]) -> bytes:
     whole = {_dtype_name(config.get(key)) for key in DTYPE_KEYS}
     if not _set_dtype(config, dtypes[0], set(dtypes) - whole):
         return raw
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes(config)
 
 
 def _set_dtype(node: Any, dtype: str, kept: Set[str]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .yamltree import as_text, as_whole, describe
 
-__all__ = ["NOT_SUPPORTED", "one_range", "only_method", "template", "true", "truth"]
+__all__ = ["NOT_SUPPORTED", "has_control", "one_range", "only_method", "template", "true", "truth"]
 
 _ELSE = "use mergekit for it"
 _RANDOM = "it draws at random what it keeps, and cpimerge's result is always the same; " + _ELSE
@@ -110,6 +110,11 @@ def _found(value: Any) -> str:
     return f"{len(value)} entries" if isinstance(value, list) else describe(value)
 
 
+def has_control(text: str) -> bool:
+    """Whether it has control characters other than those of lines and tabs, or half a surrogate pair."""
+    return any((char < " " and char not in "\n\r\t") or "\ud800" <= char <= "\udfff" for char in text)
+
+
 def template(value: object) -> str:
     """A chat template: "auto", or Jinja text, which may have several lines. Raises ValueError for anything else."""
     if not isinstance(value, str):
@@ -118,6 +123,6 @@ def template(value: object) -> str:
         raise ValueError(f"{describe(value)} is a template that comes with mergekit; write its Jinja text, or auto")
     if value != "auto" and "{" not in value:
         raise ValueError(f"expected auto or a Jinja template, got {describe(value)}")
-    if any((char < " " and char not in "\n\r\t") or "\ud800" <= char <= "\udfff" for char in value):
+    if has_control(value):
         raise ValueError("must not have control characters")
     return str(value)

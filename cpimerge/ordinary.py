@@ -12,8 +12,11 @@ import re
 import stat
 from pathlib import Path
 
-__all__ = ["leads_out", "open_ordinary", "read_ordinary"]
+from .errors import CheckpointError
 
+__all__ = ["LEADS_OUT", "check_inside", "leads_out", "open_ordinary", "read_ordinary"]
+
+LEADS_OUT = "is a link out of its directory, and the output would get what it leads to. Put the file itself there"
 # Where the Hugging Face cache keeps the files that its snapshots link to.
 BLOB = re.compile(r"/[a-z]+--[^/]+/blobs/[0-9a-f]{40,64}$")
 
@@ -47,3 +50,9 @@ def leads_out(file: Path, directory: Path) -> bool:
     real = os.path.realpath(file)
     inside = os.path.realpath(directory)
     return not real.startswith(os.path.join(inside, "")) and real != inside and not BLOB.search(real)
+
+
+def check_inside(file: Path) -> None:
+    """Raise CheckpointError where a link leads out of the directory of `file`, whose text may get into an output."""
+    if leads_out(file, file.parent):
+        raise CheckpointError(f"{file}: {LEADS_OUT}")

@@ -7,9 +7,10 @@ import re
 import reprlib
 from typing import Any
 
-__all__ = ["is_writable", "parse_object", "shown"]
+__all__ = ["is_deep", "is_writable", "json_bytes", "parse_object", "shown"]
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or one of both halves
+MAX_DEPTH = 64  # of small files; what is deeper cannot be walked through, or written again, for sure
 LONG_NUMBER = "Exceeds the limit"  # how Python begins to refuse one, and goes on with what to call in Python
 
 
@@ -41,6 +42,25 @@ def is_writable(raw: bytes, value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a value of JSON has more than MAX_DEPTH levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as transformers writes it; all of it in ASCII where it has half a surrogate pair, which no file can hold."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def shown(value: Any) -> str:

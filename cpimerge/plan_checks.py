@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .checkpoint import FLOAT_BYTES, ITEM_BYTES, MAX_SIZE, UNNAMED, is_name
-from .dialect import template
+from .dialect import has_control
 from .plain_json import shown
 from .recipe_checks import name_fault
 from .yamltree import as_text
@@ -35,7 +35,8 @@ def plan_faults(plan: Plan) -> Iterator[str]:
         yield f"cpimerge: {shown(plan.cpimerge)} is no version"
     if len(plan.recipe) > MAX_RECIPE:
         yield f"recipe: longer than {MAX_RECIPE} characters"
-    yield from _fault_of("chat_template", lambda: plan.chat_template is None or template(plan.chat_template))
+    if has_control(plan.chat_template or ""):
+        yield "chat_template: has control characters"
     yield from _name_faults(plan)
     for entry in plan.inputs:
         yield from _input_faults(entry)

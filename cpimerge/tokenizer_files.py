@@ -12,6 +12,7 @@ tokenizer.model depend on the tokenizer's class, so it tells nothing here.
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ from typing import Any
 import xxhash
 
 from .errors import CheckpointError
+from .ordinary import check_inside, read_ordinary
+from .plain_json import is_deep
 
 __all__ = [
     "MAX_ID",
@@ -102,6 +105,8 @@ def find_tokenizer(places: Iterable[Path]) -> TokenizerFiles | None:
         for core in ([TOKENIZER], [VOCAB_JSON, MERGES], [VOCAB_TXT]):
             files = tuple(place / name for name in core)
             if all(file.is_file() for file in files):
+                for file in files:
+                    check_inside(file)
                 return TokenizerFiles(files, _extras(place))
     return None
 
@@ -110,14 +115,19 @@ def _extras(place: Path) -> dict[str, tuple[int, Flags]]:
     """What added_tokens.json and tokenizer_config.json say of added tokens."""
     extras: dict[str, tuple[int, Flags]] = {}
     added = place / ADDED_TOKENS
-    for token, number in (read_json(added) if added.is_file() else {}).items():
+    for token, number in (_read_inside(added) if added.is_file() else {}).items():
         extras[token] = _id(added, token, number), _flags(added, token, {})
     config = place / TOKENIZER_CONFIG
-    decoder = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+    decoder = _read_inside(config).get("added_tokens_decoder") if config.is_file() else None
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         token, flags = _added(config, entry)
         extras[token] = _id(config, token, int(number) if len(number) < 11 and number.isdecimal() else number), flags
     return extras
+
+
+def _read_inside(file: Path) -> dict[str, Any]:
+    check_inside(file)
+    return read_json(file)
 
 
 def read_tokens(files: TokenizerFiles) -> Tokens:
@@ -253,13 +263,12 @@ def _text(file: Path) -> str:
 
 
 def _bytes(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        raw = stream.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise CheckpointError(
-            f"{file}: is larger than {MAX_BYTES // 1_000_000} MB, as no tokenizer's files are. {MEND}"
-        )
-    return raw
+    try:
+        return read_ordinary(file, MAX_BYTES)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise CheckpointError(f"{file}: {error.strerror}. {MEND}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -272,4 +281,6 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON: {error}. {MEND}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}. {MEND}")
+    if is_deep(value):
+        raise CheckpointError(f"{file}: its JSON is nested too deeply. {MEND}")
     return value

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from .checkpoint import CONFIG
+from .plain_json import json_bytes
 from .plan_file import JoinedToken, Vocabulary
 from .tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 
@@ -41,7 +42,7 @@ def _tokenizer(joined: Sequence[JoinedToken], raw: bytes) -> bytes:
     place = _member(text, "added_tokens")
     entries = [token.model_dump() for token in joined]
     if place is None or not isinstance(place[2], list):
-        return _json_bytes(json.loads(text) | {"added_tokens": entries})
+        return json_bytes(json.loads(text) | {"added_tokens": entries})
     begin, end, present = place
     shown = json.dumps(entries, indent=2, ensure_ascii=False).replace("\n", "\n  ")
     before = text[: end - 1].rstrip() + "," if present else text[: begin + 1]
@@ -78,19 +79,19 @@ def _decoder(joined: Sequence[JoinedToken], raw: bytes) -> bytes:
         return raw
     for token in joined:
         decoder[str(token.id)] = token.model_dump(exclude={"id"})
-    return _json_bytes(config)
+    return json_bytes(config)
 
 
 def _added(joined: Sequence[JoinedToken], raw: bytes) -> bytes:
     """added_tokens.json with the tokens."""
-    return _json_bytes(json.loads(raw) | {token.content: token.id for token in joined})
+    return json_bytes(json.loads(raw) | {token.content: token.id for token in joined})
 
 
 def _config(vocabulary: Vocabulary, raw: bytes) -> bytes:
     """config.json with every `vocab_size`, at any depth, that was the base's number of rows."""
     config = json.loads(raw)
     _set_vocab_size(config, vocabulary)
-    return _json_bytes(config)
+    return json_bytes(config)
 
 
 def _set_vocab_size(config: Any, vocabulary: Vocabulary) -> None:
@@ -99,7 +100,3 @@ def _set_vocab_size(config: Any, vocabulary: Vocabulary) -> None:
             config["vocab_size"] = vocabulary.rows
         for value in config.values():
             _set_vocab_size(value, vocabulary)
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

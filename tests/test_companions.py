@@ -112,14 +112,28 @@ def test_without_modules_json_weights_stay(tmp_path: Path) -> None:
         assert not {name for name in found if "2_Dense" in name}  # it looks like another model
 
 
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "config.json").write_text("{}")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "1_Pooling").symlink_to("../blobs")
-    (tmp_path / "base" / "circle").symlink_to(".")
-    (tmp_path / "blobs" / "back").symlink_to("../base")
-    assert list(companion_files(tmp_path / "base")) == [tmp_path / "base" / "1_Pooling" / "config.json"]
+def test_linked_folders_are_followed_but_not_in_circles_nor_out(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / ".blobs").mkdir(parents=True)
+    (base / ".blobs" / "config.json").write_text("{}")
+    (base / "1_Pooling").symlink_to(".blobs")
+    (base / "circle").symlink_to(".")
+    (base / ".blobs" / "back").symlink_to("../../base")
+    (base / "above").symlink_to("..")
+    assert list(companion_files(base)) == [base / "1_Pooling" / "config.json"]
+    assert list(unreadable(base)) == [
+        f"{base}/above: is a link out of its directory, and the output would get what it leads to. "
+        "Put the file itself there"
+    ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.MD", "config.json", "model-00001-of-00002.safetensors"])
+def test_a_folder_in_the_place_of_a_file_of_the_output(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "2_Dense" / name).mkdir(parents=True)
+    assert list(unreadable(tmp_path)) == [
+        f"{tmp_path}/{name}: is a folder, and the output has a file of this name. Rename or remove it"
+    ]
 
 
 # --- config.json ------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_ids_of_the_config_that_are_none(tmp_path: Path, number: str, shown: str
 def test_a_file_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_files, "MAX_BYTES", 1_000_000)
     write(tmp_path, {"tokenizer.json": of({"a" * 1_000_000: 0})})
-    with pytest.raises(CheckpointError, match="is larger than 1 MB, as no tokenizer's files are"):
+    with pytest.raises(CheckpointError, match="is larger than 1 MB, as no such file is"):
         tokens(tmp_path)
 
 

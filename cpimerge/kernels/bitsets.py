@@ -88,7 +88,7 @@ def is_serialized(data: Stored, elements: int) -> bool:
         return False
     before = -1
     for place in range(4, 4 + 2 * filled, 2):
-        key, size = np.int64(halves[place]), np.int64(halves[place + 1]) + 1
+        key, size = int(halves[place]), int(halves[place + 1]) + 1
         begin, end = end, end + (size if size <= ARRAY else CONTAINER // 16)
         if not before < key < containers or _get(halves, place + 2 * filled) != 2 * begin or end > halves.size:
             return False
@@ -114,7 +114,7 @@ def _is_container(halves: Halves, size: int) -> bool:
 
 @compiled
 def _get(halves: Halves, place: int) -> int:
-    return np.int64(halves[place]) | np.int64(halves[place + 1]) << 16
+    return int(halves[place]) | int(halves[place + 1]) << 16
 
 
 @compiled
