@@ -33,6 +33,17 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
         raise click.BadParameter(str(error)) from error
 
 
+def _share(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    from .verify_results import parse_share
+
+    try:
+        if text is not None:
+            parse_share(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="Worker threads. Default: all processors.")
 MEMORY = click.option("--memory", metavar="SIZE", callback=_size, help="Budget for the whole process, such as 512MB.")
 
@@ -247,6 +258,40 @@ def inspect_command(screen: Screen, path: str, other: str | None, **options: Any
         found = api.inspect(path, other, progress=progress, **options)
     screen.show(*inspect_report(found))
     screen.data(found.as_dict())
+
+
+@main.command("verify", cls=WorkCommand)
+@click.argument("out_dir", required=False, type=click.Path(path_type=Path))
+@click.option("--plan", metavar="PLAN_DIR", type=click.Path(path_type=Path), help="Its plan. Default: beside OUT_DIR.")
+@click.option("--inputs", metavar="PLAN_DIR", type=click.Path(path_type=Path), help="Check a plan's inputs alone.")
+@click.option("--sample", metavar="SHARE", callback=_share, help="Read only about so much of each tensor: 1%.")
+@THREADS
+@MEMORY
+@DOWNLOAD
+@command
+def verify_command(screen: Screen, out_dir: Path | None, inputs: Path | None, **options: Any) -> None:
+    """Prove that OUT_DIR is what its plan says, in one read of it and of the models it was made of.
+
+    Every file by its hash, every element by arithmetic of its own, every core by its definition. Lists what is wrong,
+    of each tensor the first element, and then exits with 1.
+    """
+    if (out_dir is None) == (inputs is None):
+        raise click.UsageError("Give OUT_DIR, or --inputs PLAN_DIR.")
+    plan, sample = options.pop("plan"), options.pop("sample")
+    if inputs is not None and (plan is not None or sample is not None):
+        raise click.UsageError("--inputs reads all inputs of its plan: it goes with neither --plan nor --sample.")
+    from .report_verify import verify_report
+
+    with screen.progress() as progress:
+        if inputs is not None:
+            found: Any = api.verify_inputs(inputs, progress=progress, **options)
+        else:
+            found = api.verify(str(out_dir), plan, sample=sample, progress=progress, **options)
+    screen.show(*verify_report(found))
+    screen.data(found.as_dict())
+    if not found.ok:
+        screen.list_problems([str(failure) for failure in found.failures])
+        raise click.exceptions.Exit(1)
 
 
 @main.command("demo")

@@ -88,16 +88,22 @@ class Screen:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             self._fail([f"unexpected {what}. Please report this, with what --debug shows"], error)
 
+    def list_problems(self, problems: Sequence[str]) -> None:
+        """Print each as an error, unless they are very many."""
+        from .report import printable
+
+        for problem in problems[:MAX_SHOWN_PROBLEMS]:
+            click.echo(f"error: {printable(problem)}", err=True)
+        if len(problems) > MAX_SHOWN_PROBLEMS:
+            click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+
     def _fail(self, problems: Sequence[str], error: BaseException, code: int = 1) -> None:
         from .report import printable
 
         notes: list[str] = getattr(error, "__notes__", [])
         if self.debug:
             traceback.print_exc()
-        for problem in problems[:MAX_SHOWN_PROBLEMS]:
-            click.echo(f"error: {printable(problem)}", err=True)
-        if len(problems) > MAX_SHOWN_PROBLEMS:
-            click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+        self.list_problems(problems)
         for note in notes:
             click.echo(f"note: {printable(note)}", err=True)
         with suppress(OutputError):  # it may be the very problem

@@ -1,0 +1,57 @@
+"""Coefficients from Gram matrices once more: METHOD §3's fold on all rows at once, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["TOLERANCE", "deviation", "folded", "omegas"]
+
+TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
+EPSILON = 5e-4
+CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
+
+Doubles = npt.NDArray[np.float64]
+
+
+def omegas(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[float]:
+    """ω of each step; both run over the members, the backbone first, whose constant has no meaning."""
+    steps = []
+    for number in range(1, len(weights)):
+        total = sum(weights[: number + 1], Fraction(0))
+        constant = constants[number]
+        equal = weights[number] / total if total else Fraction(0)
+        steps.append(float(equal if constant is None else constant))
+    return steps
+
+
+def folded(gram: Doubles, steps: Sequence[float], rest: float) -> tuple[Doubles, Doubles]:
+    """`gram` [R, V, V] in fold order → coefficients [R, V], and the steps' angles in degrees [R, V − 1], or NaN."""
+    rows, members = gram.shape[:2]
+    coefficients, angles = np.zeros((rows, members)), np.full((rows, members - 1), np.nan)
+    coefficients[:, 0] = 1
+    for number, t in enumerate(steps, 1):
+        known = coefficients[:, :number]
+        terms = known[:, :, None] * known[:, None, :] * gram[:, :number, :number]
+        square, size = terms.sum(axis=(1, 2)), np.abs(terms).sum(axis=(1, 2))
+        dot = (known * gram[:, :number, number]).sum(axis=1)
+        norms = np.sqrt(np.maximum(square, 0)) * np.sqrt(gram[:, number, number])
+        none = (square <= CANCELLED * size) | (norms == 0)
+        cosine = np.clip(dot / np.where(none, 1, norms), -1, 1)
+        angle = np.arccos(cosine)
+        straight = none | (np.abs(cosine) > 1 - EPSILON)
+        sine = np.where(straight, 1, np.sin(angle))
+        coefficients[:, :number] *= np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)[:, None]
+        coefficients[:, number] = np.where(straight, t, np.sin(t * angle) / sine)
+        angles[:, number - 1] = np.where(none, np.nan, np.degrees(angle))
+    return coefficients * rest, angles
+
+
+def deviation(planned: npt.NDArray[np.float32], expected: Doubles) -> float:
+    """How far the plan's coefficients are from the recipe's: the largest difference, relative where above 1."""
+    if not planned.size:
+        return 0.0
+    return float((np.abs(planned - expected) / np.maximum(np.abs(expected), 1)).max())

@@ -1,0 +1,284 @@
+"""`verify`: proves an output from first principles, in one streamed read of it and of what it was made of.
+
+Nothing that planned or fused takes part: the files are read by their formats' rules, the elements computed by METHOD
+in plain numpy, and cores judged without being made again. Shared with the merge are opening and reading the inputs
+(adapters and vocabularies included), the recipe's parser and plan.json's schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .budget import Budget
+from .checkpoint import Checkpoint
+from .errors import OutputError, PlanError
+from .models import Locate
+from .plan_file import PLAN_FILE, Plan
+from .stream import Workers, workers
+from .verify_cores import CoreFile, numbers_of, pools_of
+from .verify_elements import Look, Piece, Rules, Seen
+from .verify_files import Manifest, OutputFile, OutputTensor, check_files, check_index, read_manifest, sha256, weights
+from .verify_plan import check_chunks, check_manifest, find_plan, open_cores, read_coefficients
+from .verify_results import Counts, Findings, Verification
+from .verify_sources import CHUNK, PHASE, Job, Progress, chunks_of, jobs_of, open_inputs
+from .verify_tallies import Tallies
+
+__all__ = ["Output", "open_output", "verify_output", "worker_bytes"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is verified: the directory, its manifest as parsed and as bytes, and the plan in its directory."""
+
+    directory: Path
+    manifest: Manifest
+    raw: bytes
+    plan: Plan
+    plan_dir: Path
+
+
+def open_output(out: Path, plan_dir: Path | None) -> Output:
+    """The manifest, and its plan, in `plan_dir` or beside `out`. Raises OutputError or PlanError where it lacks one."""
+    manifest, raw = read_manifest(out)
+    found = find_plan(out, manifest, plan_dir)
+    return Output(out, manifest, raw, Plan.load(found), found)
+
+
+def worker_bytes(plan: Plan) -> int:
+    """What a thread needs at least: what it reads, as floats, as the blend's doubles, masks and temporaries."""
+    inputs, tasks, members = len(plan.inputs), len(plan.tasks), len(plan.fold)
+    each = inputs * (8 + 4) + members * (8 + 4) + tasks * (8 + 4 + 4 + 2) + 64
+    return CHUNK * each + sum(entry.scratch_bytes for entry in plan.inputs)
+
+
+def verify_output(
+    output: Output, find: Locate, budget: Budget, sample: Fraction | None, progress: Progress
+) -> Verification:
+    """Compare everything; of a `sample`, about that share of each tensor's chunks, and no hash of weights.
+
+    Raises CheckpointError or OutputError where a file cannot be read to its end.
+    """
+    findings = Findings()
+    out, plan, manifest = output.directory, output.plan, output.manifest
+    agree = check_files(out, manifest, findings)
+    check_manifest(out, manifest, output.raw, plan, findings)
+    files = weights(out, manifest, plan, findings)
+    check_index(out, manifest, files, findings)
+    with ExitStack() as stack:
+        parts = _parts(output, find, findings, stack)
+        numbers = numbers_of(plan, findings, output.plan_dir / PLAN_FILE)
+        pools = pools_of(plan, numbers, findings, output.plan_dir / PLAN_FILE)
+        tallies = Tallies(plan, numbers, pools, {one.planned.name: file.file for file in files for one in file.tensors})
+        counts = Counts()
+        hashes: dict[str, str] = {}
+        if parts is not None:
+            pool = stack.enter_context(workers(budget.threads, len(plan.inputs)))
+            run = _Pass(output, parts, tallies, pool, sample)
+            hashes = run.run(files, progress)
+            counts = run.counts
+            tallies.conclude(output.plan_dir, parts.inputs, sample is None and _has_all(plan, files), findings)
+        else:
+            findings.notes.append("the elements were not compared, for want of what is told as wrong")
+    if sample is None:
+        agree += _compare_hashes(out, manifest, hashes, findings)
+    return Verification(
+        out=str(out),
+        plan=str(output.plan_dir),
+        sample=None if sample is None else float(sample),
+        files=agree,
+        tensors=sum(len(file.tensors) for file in files) if parts else 0,
+        elements=counts.elements,
+        core=counts.core,
+        blended=counts.blended,
+        copied=counts.copied,
+        cores=tallies.cores if parts else 0,
+        input_bytes=counts.input_bytes,
+        output_bytes=counts.output_bytes,
+        failures=tuple(findings.failures),
+        notes=tuple(findings.notes),
+    )
+
+
+def _has_all(plan: Plan, files: Sequence[OutputFile]) -> bool:
+    return sum(len(file.tensors) for file in files) == len(plan.tensors)
+
+
+def _compare_hashes(out: Path, manifest: Manifest, hashes: Mapping[str, str], findings: Findings) -> int:
+    """Those of the weights, which were taken as they were read, where they could be."""
+    agree = 0
+    for name, described in manifest.shards.items():
+        file = out / name
+        if not file.is_file() or file.stat().st_size != described.size:
+            continue  # told already
+        try:
+            found = hashes[name] if name in hashes else sha256(file)
+        except OSError as error:
+            findings.fail(file, f"cannot be read: {error.strerror}")
+            continue
+        agree += found == described.sha256
+        if found != described.sha256:
+            findings.fail(file, "its sha256 is not the manifest's")
+    return agree
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an output was made of: its inputs by name, cores by task, rows of coefficients where they lie in a file."""
+
+    inputs: Mapping[str, Checkpoint]
+    cores: Mapping[str, CoreFile]
+    rows: npt.NDArray[np.float32] | None
+
+
+def _parts(output: Output, find: Locate, findings: Findings, stack: ExitStack) -> _Parts | None:
+    """All of it; None where something is missing or does not fit, which is told."""
+    plan = output.plan
+    opened = open_inputs(plan, find, findings)
+    cores = open_cores(plan, output.plan_dir, findings)
+    for core in cores.values():
+        stack.enter_context(closing(core))
+    rows = read_coefficients(plan, output.plan_dir, findings)
+    if len(cores) < len(plan.tasks) or (rows is None) != (plan.coefficients_xxh3 is None):
+        return None
+    sizes = {}
+    for tensor in plan.tensors:
+        every = chunks_of(tensor.shape, plan.settings.granularity)
+        sizes[tensor.name] = len(every), every[-1].stop // every[-1].row if every else 0
+    lengths = {core.chunks for core in cores.values()} or {0}
+    if len(lengths) > 1:
+        findings.fail(output.plan_dir / PLAN_FILE, "its core files have different numbers of chunks")
+        return None
+    whole = check_chunks(plan, sizes, (lengths.pop(), 0 if rows is None else len(rows)), findings)
+    return _Parts(opened, cores, rows) if whole and len(opened) == len(plan.inputs) else None
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A job's output bytes, the hashes of what was read for it, and what was seen; else, why nothing was."""
+
+    job: Job
+    data: npt.NDArray[np.uint8]
+    digests: list[int]
+    seen: Seen | None
+    problem: str = ""
+
+
+class _Pass:
+    """The read."""
+
+    def __init__(self, output: Output, parts: _Parts, tallies: Tallies, pool: Workers, sample: Fraction | None) -> None:
+        self.plan = output.plan
+        self.parts = parts
+        self.tallies = tallies
+        self.pool = pool
+        self.sample = sample
+        self.counts = Counts()
+        names = [entry.name for entry in self.plan.inputs]
+        tasks = [task.name for task in self.plan.tasks]
+        self.sources = {
+            tensor.name: [parts.inputs[name].tensors[tensor.name] for name in names] for tensor in self.plan.tensors
+        }
+        self.rules = Rules(
+            tasks=len(tasks),
+            order=tuple(tasks.index(task) for task in self.plan.order),
+            fold=tuple(names.index(member) for member in self.plan.fold),
+            delta=self.plan.settings.space == "delta",
+            conflict=self.plan.settings.conflict,
+        )
+
+    def run(self, files: Sequence[OutputFile], progress: Progress) -> dict[str, str]:
+        """Read all files; returns the sha256 of each, unless this is a sample."""
+        total = sum(self._bytes(tensor, job) for file in files for tensor, job in self._jobs(file))
+        hashes = {}
+        for file in files:
+            digest = hashlib.sha256(file.header)
+            for result in self._results(file):
+                digest.update(result.data)
+                self._add(result)
+                progress(PHASE, self.counts.input_bytes + self.counts.output_bytes, total)
+            hashes[file.name] = digest.hexdigest()
+        progress(PHASE, total, total)
+        return hashes if self.sample is None else {}
+
+    def _jobs(self, file: OutputFile) -> Iterator[tuple[OutputTensor, Job]]:
+        for rank, tensor in enumerate(file.tensors):
+            every = chunks_of(tensor.planned.shape, self.plan.settings.granularity)
+            for number in _chosen(len(every), self.sample, rank):
+                yield tensor, Job(tensor.planned.name, number, every[number])
+
+    def _results(self, file: OutputFile) -> Iterator[_Result]:
+        """Of the file's chunks in order, looked at by the workers."""
+        offsets = {tensor.planned.name: tensor for tensor in file.tensors}
+        handle = os.open(file.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+
+            def look(jobs: list[Job]) -> list[_Result]:
+                return [self._look(offsets[job.name], job, handle, file) for job in jobs]
+
+            for results in self.pool.map(look, jobs_of(job for _, job in self._jobs(file))):
+                yield from results
+        finally:
+            os.close(handle)
+
+    def _look(self, tensor: OutputTensor, job: Job, handle: int, file: OutputFile) -> _Result:
+        planned, sources = tensor.planned, self.sources[job.name]
+        item = planned.output.nbytes // max(1, planned.output.elements)
+        data = np.frombuffer(os.pread(handle, job.chunk.size * item, tensor.offset + job.chunk.start * item), np.uint8)
+        if data.size != job.chunk.size * item:
+            raise OutputError(f"{file.file}: tensor {job.name!r}: the file ended early. It changed while it was read")
+        stored = self.pool.read(sources, job.chunk)
+        digests = [] if self.sample else [xxhash.xxh3_64_intdigest(raw) for raw in stored]
+        piece = Piece(job.chunk.start, stored, [info.dtype for info in sources], data, planned.dtype)
+        if planned.blend is None:
+            return _Result(job, data, digests, Look(piece, self.rules).copied())
+        try:
+            places = [
+                self.parts.cores[task.name].positions(planned.first_chunk + job.number, job.chunk.size)
+                for task in self.plan.tasks
+            ]
+        except PlanError as error:
+            return _Result(job, data, digests, None, error.problems[0])
+        coefficients = self.tallies.coefficients(planned, job.chunk, self.parts.rows)
+        blended = Piece(
+            piece.start, stored, piece.dtypes, data, planned.dtype, places=places, coefficients=coefficients
+        )
+        return _Result(job, data, digests, Look(blended, self.rules).blended())
+
+    def _bytes(self, tensor: OutputTensor, job: Job) -> int:
+        items = sum(info.item_bytes for info in self.sources[job.name])
+        return job.chunk.size * (items + tensor.planned.output.nbytes // max(1, tensor.planned.output.elements))
+
+    def _add(self, result: _Result) -> None:
+        job, seen = result.job, result.seen
+        self.counts.input_bytes += job.chunk.size * sum(info.item_bytes for info in self.sources[job.name])
+        self.counts.output_bytes += result.data.size
+        tally = self.tallies.of(job.name)
+        tally.add_digests(result.digests)
+        if seen is None:
+            tally.problem = tally.problem or result.problem
+            return
+        self.counts.elements += job.chunk.size
+        self.counts.core += seen.claimed
+        if tally.planned.blend is None:
+            self.counts.copied += job.chunk.size
+        else:
+            self.counts.blended += job.chunk.size - seen.claimed
+        self.tallies.add(job.name, job.chunk, seen, self.parts.rows)
+
+
+def _chosen(count: int, sample: Fraction | None, rank: int) -> Sequence[int]:
+    """Which of a tensor's chunks to read: all, or so large a share, spread evenly, and for each tensor elsewhere."""
+    if sample is None or not count:
+        return range(count)
+    wanted = -(-sample.numerator * count // sample.denominator)
+    return sorted({(number * count + rank * 7919 % count) // wanted % count for number in range(wanted)})

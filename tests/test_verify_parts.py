@@ -1,0 +1,214 @@
+"""The arithmetic and the parsers of verify, each against torch, pyroaring or the slow reference."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pyroaring import BitMap
+
+from cpimerge import verify_sources
+from cpimerge.verify_cores import natural, positions_in
+from cpimerge.verify_files import sha256
+from cpimerge.verify_fold import deviation, folded, omegas
+from cpimerge.verify_numbers import half_units, nonfinite, rounded, shown, values_of
+from cpimerge.verify_results import parse_share
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+bits32 = arrays.arrays(np.uint32, st.integers(0, 50))
+EDGES = np.array(
+    [
+        *(0, 1, 0x80000000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x3F808000, 0x3F818000, 0x3F808001, 0x477FEFFF),
+        *(0x477FF000, 0x33000000, 0x33000001, 0x33800000, 0x387FC000, 0x387FE000, 0x38800000, 0x00008000, 0x00018000),
+        0x80008001,
+    ],
+    np.uint32,
+)
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(bits32)
+def test_rounding_is_torchs(dtype: str, bits: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> None:
+    values = np.concatenate([bits, EDGES]).view(np.float32)
+    values = values[np.isfinite(values)]
+    expected = torch.from_numpy(values).to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+    assert rounded(values, dtype).tobytes() == expected
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_every_16_bit_number(dtype: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    stored = torch.from_numpy(every.view(np.int16)).view(DTYPES[dtype])
+    finite = torch.isfinite(stored).numpy()
+    values = values_of(every.view(np.uint8), dtype)
+    assert (values[finite] == stored.float().numpy()[finite]).all()
+    assert (rounded(values[finite], dtype) == every[finite]).all()
+    for some in (every, every[::-1]):
+        assert nonfinite(some, dtype) == int(
+            (~torch.isfinite(torch.from_numpy(some.copy().view(np.int16)).view(DTYPES[dtype]))).numpy().argmax()
+        )
+    units = half_units(values[finite], dtype)
+    expected = np.array([reference.ulp(x, DTYPES[dtype]) / 2 for x in values[finite].tolist()])
+    assert (units.astype(np.float64) == expected.astype(np.float32)).all()
+
+
+@given(bits32)
+def test_half_a_unit_of_float32(bits: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> None:
+    values = np.concatenate([bits, EDGES]).view(np.float32)
+    values = values[np.isfinite(values)]
+    expected = [np.float32(reference.ulp(x, torch.float32) / 2) for x in values.tolist()]
+    assert half_units(values, "F32").tolist() == expected
+
+
+def test_only_floats_can_be_infinite() -> None:
+    assert nonfinite(np.array([0x7FFF, 0xFFFF], np.uint16), "I16") is None
+    assert nonfinite(np.array([0, 0x7F800000], np.uint32), "F32") == 1
+    assert nonfinite(np.array([0, 0x7F7FFFFF], np.uint32), "F32") is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "expected"),
+    [
+        (0x3F00, "BF16", "0.5 (0x3f00)"),
+        (0x8000, "F16", "-0.0 (0x8000)"),
+        (0x7FC00000, "F32", "nan (0x7fc00000)"),
+        (0x3DCCCCCD, "F32", "0.1 (0x3dcccccd)"),
+        (1, "BOOL", "true (0x01)"),
+        (0xFF, "I8", "-1 (0xff)"),
+        (0xFF, "U8", "255 (0xff)"),
+        (0xFFFFFFFFFFFFFFFE, "I64", "-2 (0xfffffffffffffffe)"),
+    ],
+)
+def test_elements_as_they_are_shown(bits: int, dtype: str, expected: str) -> None:
+    assert shown(bits, dtype) == expected
+
+
+# --- bitmaps ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def bitmaps(draw: st.DrawFn) -> BitMap:
+    """Of few elements, of many, and of runs, in one container or several."""
+    found = BitMap()
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, 1 << 20))
+        step, count = draw(st.sampled_from([(1, 5000), (1, 70_000), (2, 6000), (9, 300), (70_000, 6), (1, 1)]))
+        found |= BitMap(range(start, start + step * count, step))
+    if draw(st.booleans()):
+        found.run_optimize()
+    return found
+
+
+@given(bitmaps())
+def test_bitmaps_of_any_kind(bitmap: BitMap) -> None:
+    assert positions_in(bitmap.serialize()).tolist() == list(bitmap)
+
+
+@given(bitmaps(), st.data())
+def test_no_bitmap_is_an_error_or_another_one(bitmap: BitMap, data: st.DataObject) -> None:
+    """Whatever is done to its bytes: no other exception, and nothing that they do not hold."""
+    raw = bytearray(bitmap.serialize())
+    cut = data.draw(st.integers(0, len(raw)))
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        assert positions_in(bytes(raw[:cut])).size <= 16 * len(raw) + (1 << 20) * 5
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0" * 8, b"\x3b\x30", b"\x3a\x30\0\0\xff\xff\xff\xff", b"\x3b\x30\xff\xff"])
+def test_no_bitmap(raw: bytes) -> None:
+    with pytest.raises(ValueError, match="bitmap"):
+        positions_in(raw)
+
+
+# --- folds ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1), st.booleans())
+def test_a_fold_is_the_references(members: int, seed: int, nearly_parallel: bool) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(members, 3, 20)) * (1e-3 if nearly_parallel else 1) + nearly_parallel
+    vectors[rng.integers(members)] *= rng.integers(0, 2)  # a vector of zeros, perhaps
+    steps = rng.random(members - 1).tolist()
+    gram = np.einsum("irk,jrk->rij", vectors, vectors)
+    coefficients, angles = folded(gram, steps, 0.5)
+    for row in range(3):
+        _, expected, its = reference.fold(list(vectors[:, row]), [str(i) for i in range(1, members)], steps)
+        if any(step.fragile for step in its):
+            continue
+        assert coefficients[row] == pytest.approx(expected / 2, abs=1e-9)
+        for angle, step in zip(angles[row].tolist(), its, strict=True):
+            if step.cos is None:
+                assert np.isnan(angle)
+            else:
+                assert np.cos(np.radians(angle)) == pytest.approx(step.cos, abs=1e-9)
+
+
+def test_shares_of_the_weights() -> None:
+    one, two, no = Fraction(1), Fraction(2), Fraction(0)
+    assert omegas([one, one, two], [None, None, None]) == [0.5, 0.5]
+    assert omegas([no, no, one], [None, None, None]) == [0.0, 1.0]
+    assert omegas([one, one, one], [Fraction(1, 4), Fraction(3, 4), None]) == [0.75, 1 / 3]
+    assert omegas([one], [None]) == []
+
+
+def test_how_far_coefficients_are_off() -> None:
+    expected = np.array([[0.5, 4.0]])
+    assert deviation(np.array([[0.5, 4.0]], np.float32), expected) == 0
+    assert deviation(np.array([[0.25, 4.0]], np.float32), expected) == 0.25
+    assert deviation(np.array([[0.5, 6.0]], np.float32), expected) == 0.5
+
+
+# --- the rest ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text("0123456789a.", max_size=6)))
+def test_natural_order(names: list[str]) -> None:
+    assert sorted(names, key=natural) == sorted(names, key=reference.natural)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (7,), (600_000,), (3, 300_000), (5000, 3), (0, 4), (2, 3, 100_000), (9, 1)]
+)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_chunks_are_those_of_the_document(shape: tuple[int, ...], granularity: str) -> None:
+    """docs/plan.md: whole rows, at most 262,144 elements and 2,048 rows; a long row is cut."""
+    elements = prod(shape)
+    row = shape[-1] if granularity == "row" and len(shape) > 1 else elements
+    found = verify_sources.chunks_of(shape, granularity)
+    assert [place for chunk in found for place in (chunk.start, chunk.stop)][1:-1:2] == [c.start for c in found[1:]]
+    assert sum(chunk.size for chunk in found) == elements
+    for chunk in found:
+        assert chunk.size <= 262_144
+        assert chunk.row == row
+        if row > 262_144:
+            assert chunk.start // row == (chunk.stop - 1) // row
+            assert chunk.start % row % 262_144 == 0
+        else:
+            assert chunk.start % row == chunk.stop % row == 0
+            assert chunk.size // row <= 2048 or granularity == "tensor"
+            assert chunk is found[-1] or chunk.size == min(262_144 // row, 2048) * row
+
+
+def test_a_files_hash(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes((1 << 20) + 5)
+    (tmp_path / "x").write_bytes(data)
+    assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", "0.01"), (" 0.5 % ", "0.005"), (0.25, "0.25"), ("1/3", "1/3")])
+def test_shares(text: str | float, share: str) -> None:
+    assert parse_share(text) == Fraction(share)
