@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import estimate, fuse, inspect, merge, plan, push
+from .api import estimate, fuse, inspect, merge, plan, push, verify, verify_inputs
 from .errors import (
     CheckpointError,
     CpimergeError,
@@ -35,6 +35,8 @@ __all__ = [
     "merge",
     "plan",
     "push",
+    "verify",
+    "verify_inputs",
 ]
 
 

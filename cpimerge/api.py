@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
+
+from .errors import OutputError
 
 if TYPE_CHECKING:
     from .budget import Budget
@@ -19,10 +23,11 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .staging import Target, Watch
     from .uploading import Pushed, Upload
+    from .verify_results import InputsVerification, Verification
 
-__all__ = ["estimate", "fuse", "inspect", "merge", "plan", "push"]
+__all__ = ["estimate", "fuse", "inspect", "merge", "plan", "push", "verify", "verify_inputs"]
 
-Progress = Callable[[str, int, int], None]  # phase ("download", "plan", "fuse" or "inspect"), bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # phase ("download", "plan", "fuse", "inspect", …), bytes done, bytes in all
 Resumed = Callable[[int, int], None]  # bytes that an earlier run has done, bytes in all
 Download = Literal["cache", "stream"] | None
 Limits = tuple[int | None, int | str | None]  # threads and memory
@@ -323,3 +328,72 @@ def inspect(
 
         budget = Budget.divide(worker_bytes(*(model.checkpoint for model in models)), threads, memory)
         return compare_checkpoints(models[0], models[1], budget, progress)
+
+
+def verify(  # noqa: PLR0913 - all but two are keywords with a default
+    out: str | Path,
+    plan: str | Path | None = None,
+    *,
+    sample: float | str | None = None,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress = _silent,
+    download: Download = None,
+) -> Verification:
+    """Prove that `fuse` wrote to `out` what its plan says: every file, every element, every core, by own arithmetic.
+
+    `plan` is the directory of the plan; without it, it is looked for beside `out`. `sample` ("1%" or 0.01) reads about
+    that share, which can refute but proves less. Other options as for `plan`; the phase is called "verify".
+
+    What is wrong is in the result's `failures`. Raises a `CpimergeError` where nothing can be compared: no manifest, no
+    plan, a file that cannot be read to its end.
+    """
+    from .verify_results import parse_share
+
+    try:
+        share = None if sample is None else parse_share(sample)
+    except ValueError as error:
+        raise OutputError(f"sample: {error}") from error
+    directory = Path(out).expanduser()
+    from .verifying import open_output, verify_output, worker_bytes
+
+    output = open_output(directory, None if plan is None else Path(plan).expanduser())
+    with _reading(output.plan, download, progress) as find:
+        from .budget import Budget
+
+        budget = Budget.divide(worker_bytes(output.plan), threads, memory)
+        return verify_output(output, find, budget, share, progress)
+
+
+def verify_inputs(
+    plan_dir: str | Path,
+    *,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress = _silent,
+    download: Download = None,
+) -> InputsVerification:
+    """Read all inputs of the plan in `plan_dir` and compare them with it: sizes, headers, and every tensor's content.
+
+    Options and errors as for `verify`; what changed is in the result's `failures`.
+    """
+    from .plan_file import Plan
+
+    directory = Path(plan_dir).expanduser()
+    plan = Plan.load(directory)
+    with _reading(plan, download, progress) as find:
+        from .budget import Budget
+        from .verify_sources import verify_plan_inputs, worker_bytes
+
+        budget = Budget.divide(worker_bytes(plan), threads, memory)
+        return verify_plan_inputs(plan, directory, find, budget, progress)
+
+
+@contextmanager
+def _reading(plan: Plan, download: Download, progress: Progress) -> Iterator[Locate]:
+    """Where the plan's inputs are, for a run that writes nothing."""
+    from .models import finding
+
+    target = Path(tempfile.gettempdir(), f"cpimerge-{os.getpid()}")
+    with finding([(entry.name, entry.reference) for entry in plan.inputs], target, download, progress) as find:
+        yield find
