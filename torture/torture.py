@@ -53,10 +53,10 @@ def torture(scratch: Path, extent: Extent, seed: int, names: Sequence[str]) -> M
     for directory in (root, scratch / "evidence"):
         directory.mkdir()
     victims = make_victims(root, seed, must_run)
+    make_steps_small()
     for victim in victims:
         victim.prepare()
         must_run(victim.arguments)
-    make_steps_small()
     calls.watch_fallocate()
     settle()
     forks = Forks(scratch / "forks")
@@ -72,10 +72,16 @@ def torture(scratch: Path, extent: Extent, seed: int, names: Sequence[str]) -> M
 
 
 def make_steps_small() -> None:
-    """Of a small model, too, parts are recorded as done."""
-    from cpimerge import writer
+    """Of a small model, too, parts are worked on apart and recorded as done. The bytes are the same."""
+    from cpimerge import examination, plan_journal, writer
 
-    setattr(writer, "FLUSH_BYTES", 200_000)  # noqa: B010 - a constant
+    for module, name, value in (
+        (writer, "FLUSH_BYTES", 200_000),
+        (plan_journal, "CHECKPOINT_SECONDS", 0.002),
+        (examination, "SMALL", 300_000),
+    ):
+        assert hasattr(module, name)
+        setattr(module, name, value)
 
 
 def must_run(arguments: Sequence[str]) -> None:

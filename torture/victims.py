@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 TASKS = ("math", "code", "chat")
 SHAPES: Mapping[str, tuple[str, tuple[int, ...]]] = {
-    "model.embed.weight": ("bfloat16", (610, 900)),  # three chunks
+    "model.embed.weight": ("bfloat16", (1330, 900)),  # five chunks, two blocks
     "model.layers.0.mlp.weight": ("float32", (320, 500)),
     "model.layers.0.norm.weight": ("float32", (500,)),
     "model.layers.1.mlp.weight": ("bfloat16", (320, 500)),
