@@ -205,7 +205,7 @@ def list_model(model: HubModel, whole: bool, cache: Path | None = None) -> Listi
             raise ValueError(f"it answers {commit[:80]!r} for a commit, so it is no Hub")
     except HUB_ERRORS as error:
         raise CheckpointError(explained(model, error)) from error
-    except (AttributeError, KeyError, TypeError) as error:  # how huggingface_hub takes what it does not expect
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:  # what huggingface_hub does not expect
         raise CheckpointError(explained(model, ValueError("its answer is not that of a Hub"))) from error
     everything = Listing(model, commit, tuple(files.values()))
     needed = _needed(everything, whole, lambda name: fetch(everything, name, cache=cache))

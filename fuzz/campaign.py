@@ -38,6 +38,7 @@ class Outcome:
 
     name: str
     executions: int
+    accepted: int
     corpus: int
     new: int
     covered: tuple[int, int]
@@ -98,12 +99,14 @@ def _outcome(name: str, log: str, findings: tuple[Path, ...]) -> Outcome:
     covered = [int(count) for count in re.findall(r"^#\d+\s+(?:INITED|DONE).* cov: (\d+)", log, re.MULTILINE)]
     executed = re.findall(r"number_of_executed_units: (\d+)", log)
     if not executed and not findings:
-        return Outcome(name, 0, 0, 0, (0, 0), (), log[-2000:])
+        return Outcome(name, 0, 0, 0, 0, (0, 0), (), log[-2000:])
+    accepted = re.findall(r"stat::accepted: (\d+)", log)
     corpus = re.findall(r" corp: (\d+)/", log)
     added = re.findall(r"new_units_added:\s+(\d+)", log)
     return Outcome(
         name,
         executions=int(executed[-1]) if executed else 0,
+        accepted=int(accepted[-1]) if accepted else 0,
         corpus=int(corpus[-1]) if corpus else 0,
         new=int(added[-1]) if added else 0,
         covered=(covered[0], covered[-1]) if covered else (0, 0),
@@ -111,7 +114,7 @@ def _outcome(name: str, log: str, findings: tuple[Path, ...]) -> Outcome:
     )
 
 
-COLUMNS = ("target", "executions", "corpus", "new inputs", "blocks", "new blocks", "findings")
+COLUMNS = ("target", "executions", "accepted", "corpus", "new inputs", "blocks", "new blocks", "findings")
 
 
 def table(outcomes: Iterable[Outcome]) -> Iterator[str]:
@@ -119,7 +122,7 @@ def table(outcomes: Iterable[Outcome]) -> Iterator[str]:
     yield f"{COLUMNS[0]:13}" + "".join(f"{column:>12}" for column in COLUMNS[1:])
     for it in outcomes:
         first, last = it.covered
-        numbers = (it.executions, it.corpus, it.new, last, last - first, len(it.findings))
+        numbers = (it.executions, it.accepted, it.corpus, it.new, last, last - first, len(it.findings))
         yield f"{it.name:13}" + "".join(f"{number:12,}" for number in numbers)
 
 

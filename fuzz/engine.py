@@ -7,6 +7,7 @@ what ends the process (a time limit, memory, a crash of native code) ends it.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import resource
 import sys
@@ -22,6 +23,12 @@ from .mutation import simple_havoc
 from .target import Run, Target, load
 
 INSTRUMENTED = ["cpimerge", "yaml", "zipfile", "pickletools"]
+# What numba compiles is left as it is.
+KERNELS = [
+    ".".join(file.with_suffix("").parts)
+    for file in Path("cpimerge").rglob("*.py")
+    if file.parent.name == "kernels" or "import numba" in file.read_text(encoding="utf-8")
+]
 MEASURED = 64  # one input of so many is looked at for the memory that it takes
 MEMORY_BYTES = 4 << 30
 MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -36,14 +43,15 @@ class _Engine:
         self.scratch = scratch
         self.findings = findings
         self.known: set[str] = set()
+        self.accepted = 0
 
     def one(self, data: bytes) -> None:
         """Called by libFuzzer for each input."""
         try:
             if hashlib.blake2b(data, digest_size=2).digest()[0] % MEASURED:
-                checked(self.run, data, self.scratch)
+                self.accepted += checked(self.target, self.run, data, self.scratch)
             else:
-                run_checked(self.target, self.run, data, self.scratch)
+                self.accepted += run_checked(self.target, self.run, data, self.scratch)
         except Exception as error:
             self._keep(data, error)
 
@@ -74,14 +82,15 @@ class _Engine:
 def main() -> None:
     """Never returns: libFuzzer ends the process."""
     name, findings, seeds, *options = sys.argv[1:]
-    with atheris.instrument_imports(include=INSTRUMENTED, exclude=["cpimerge.kernels"]):  # which numba compiles
-        target = load(name)
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY_DISK) as directory:
         scratch = Path(directory)
-        engine = _Engine(target, warmed(target, scratch), scratch, Path(findings))
+        with atheris.instrument_imports(include=INSTRUMENTED, exclude=KERNELS):
+            target = load(name)
+            engine = _Engine(target, warmed(target, scratch), scratch, Path(findings))
         for label, seed in target.seeds().items():
             Path(seeds, label).write_bytes(seed)
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+        atexit.register(lambda: print(f"stat::accepted: {engine.accepted}", file=sys.stderr))
         atheris.Setup([sys.argv[0], f"-max_len={target.max_bytes}", *options], engine.one, custom_mutator=engine.mutate)
         atheris.Fuzz()
 

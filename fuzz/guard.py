@@ -24,11 +24,13 @@ FORBIDDEN = (
     *("ctypes.dlopen", "code.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "http.client", "sys.set"),
     *("os.putenv", "os.unsetenv", "os.kill", "signal."),
 )
-# Events that change the file system -> how many of their arguments are paths.
+# Events that change the file system -> which of their arguments are the paths that change.
+ONE, BOTH, SECOND = slice(0, 1), slice(0, 2), slice(1, 2)
 CHANGES = {
-    **{"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1},
-    **{"os.chmod": 1, "os.chown": 1, "os.utime": 1, "os.mkfifo": 1, "os.mknod": 1, "os.setxattr": 1},
-    **{"shutil.rmtree": 1, "shutil.move": 2, "shutil.copyfile": 2, "shutil.copytree": 2},
+    **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.utime"), ONE),
+    **dict.fromkeys(("os.mkfifo", "os.mknod", "os.setxattr", "shutil.rmtree"), ONE),
+    **dict.fromkeys(("os.rename", "shutil.move"), BOTH),
+    **dict.fromkeys(("os.link", "os.symlink", "shutil.copyfile", "shutil.copytree"), SECOND),
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -51,17 +53,21 @@ class _Watch:
         if event.startswith(FORBIDDEN) or (event == "exec" and _is_strange(arguments[0])):
             self.seen.append(f"{event} {str(arguments)[:200]}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
-            self._check(event, arguments[:1])
+            self._check(event, arguments[0])
         elif event in CHANGES:
-            self._check(event, arguments[: CHANGES[event]])
+            for path in arguments[CHANGES[event]]:
+                self._check(event, path, arguments[-1])
 
-    def _check(self, event: str, paths: tuple[Any, ...]) -> None:
-        for path in paths if event not in ("os.link", "os.symlink", "shutil.copyfile") else paths[1:]:
-            if isinstance(path, int):  # a file that is open already
-                continue
-            place = os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path))))
-            if not f"{place}/".startswith(f"{self.directory}/") and os.fsdecode(path) != os.devnull:
-                self.seen.append(f"{event} {os.fsdecode(path)[:200]!r}")
+    def _check(self, event: str, path: Any, folder: Any = None) -> None:
+        """That a path which is changed lies below the directory; `folder`: a handle of what it is relative to."""
+        if isinstance(path, int):  # a file that is open already
+            return
+        name = os.fsdecode(path)
+        if type(folder) is int and folder >= 0:
+            name = os.path.join(os.path.realpath(f"/dev/fd/{folder}"), name)
+        place = os.path.realpath(os.path.dirname(os.path.abspath(name)))
+        if not f"{place}/".startswith(f"{self.directory}/") and name != os.devnull:
+            self.seen.append(f"{event} {name[:200]!r}")
 
 
 def _is_strange(code: Any) -> bool:
@@ -97,21 +103,26 @@ def warmed(target: Target, scratch: Path) -> Run:
     return run
 
 
-def checked(run: Run, data: bytes, scratch: Path) -> None:
-    """Run one input. Raises Finding, or whatever else the parser must not raise."""
+def checked(target: Target, run: Run, data: bytes, scratch: Path) -> bool:
+    """Run one input; returns whether it was accepted. Raises Finding, or whatever else the parser must not raise."""
     with watched(scratch):
-        run(data)
+        try:
+            run(data)
+        except target.refusal:
+            return False
+        return True
 
 
-def run_checked(target: Target, run: Run, data: bytes, scratch: Path) -> None:
+def run_checked(target: Target, run: Run, data: bytes, scratch: Path) -> bool:
     """Run one input twice, and the second time look at the memory that Python takes for it as well."""
-    checked(run, data, scratch)
+    accepted = checked(target, run, data, scratch)
     tracemalloc.start()
     try:
-        checked(run, data, scratch)
+        checked(target, run, data, scratch)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     limit = target.memory + target.memory_per_byte * len(data)
     if peak > limit:
         raise Finding(f"takes {peak} bytes of memory for {len(data)}, more than {limit}")
+    return accepted

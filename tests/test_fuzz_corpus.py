@@ -26,15 +26,16 @@ def test_kept_inputs_and_new_ones_find_nothing(name: str, tmp_path: Path) -> Non
     it = target(name)
     run = guard.warmed(it, tmp_path)
     seeds = it.seeds()
+    accepted = 0
     for label, data in {**seeds, **{file.name: file.read_bytes() for file in corpus_of(name)}}.items():
         try:
-            guard.run_checked(it, run, data, tmp_path)
+            accepted += guard.run_checked(it, run, data, tmp_path)
         except Exception as error:
             raise AssertionError(f"{name}: {label}") from error
-    random = Random(name)
-    for data in _mutants(it, list(seeds.values()), random):
+    assert accepted > 0  # or nothing is tested but the first line of the parser
+    for data in _mutants(it, list(seeds.values()), Random(name)):
         try:
-            guard.checked(run, data, tmp_path)
+            guard.checked(it, run, data, tmp_path)
         except Exception as error:
             raise AssertionError(f"{name}: {data!r}") from error
 
@@ -82,8 +83,10 @@ def test_what_no_parser_may_do_is_a_finding(deed: Callable[[Path], object], even
 
 
 def test_memory_that_grows_beyond_the_input_is_a_finding(tmp_path: Path) -> None:
-    it = Target(prepare=lambda _: lambda data: bytearray(1_000_000), seeds=dict, memory=10_000, memory_per_byte=10)
-    with pytest.raises(guard.Finding, match="takes 1[0-9]{6} bytes of memory for 1, more than 10010"):
+    it = Target(
+        prepare=lambda _: lambda data: bytearray(1_000_000), seeds=dict, refusal=(), memory=10_000, memory_per_byte=10
+    )
+    with pytest.raises(guard.Finding, match=r"takes 1[0-9]{6} bytes of memory for 1, more than 10010"):
         guard.run_checked(it, it.prepare(tmp_path), b"x", tmp_path)
 
 

@@ -344,6 +344,7 @@ def test_a_hub_that_fails(published: Path, hub: Hub, tmp_path: Path, status: int
     ("answer", "text"),
     [
         ({}, "its answer is not that of a Hub"),
+        ({"id": "org/base", "siblings": [{"rfilename": "x", "lfs": {"size": 1}}]}, "its answer is not that of a Hub"),
         ({"id": "org/base", "siblings": [7]}, "its answer is not that of a Hub"),
         ({"id": "org/base", "sha": "main", "siblings": []}, "it answers 'main' for a commit, so it is no Hub"),
         *(

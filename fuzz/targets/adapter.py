@@ -6,7 +6,7 @@ Oracle: what is read does not depend on how it is divided into reads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def _prepare(scratch: Path) -> Run:
 
     def run(data: bytes) -> None:
         write(split(data, CONFIG), directory, (CONFIG, WEIGHTS))
-        with suppress(CheckpointError), closing(Handles(4)) as handles:
+        with closing(Handles(4)) as handles:
             opened = open_adapter(model, directory)
             for tensor in opened.tensors.values():
                 _read(tensor, handles)
@@ -86,6 +86,7 @@ def _seeds() -> Mapping[str, bytes]:
 TARGET = Target(
     _prepare,
     _seeds,
+    CheckpointError,
     bundle(CONFIG, {CONFIG: json_text(KEYS), WEIGHTS: header((*files.WORDS, *NAMES))}),
     (*KEYS, *NAMES),
     memory=30_000_000,

@@ -42,8 +42,7 @@ def _prepare(scratch: Path) -> Run:
                 assert os.path.realpath(file).startswith(f"{os.path.realpath(base)}/")
             assert companion_bytes(base, 10, 3) > 0
             assert list(unreadable(base)) == []
-        with suppress(CheckpointError):
-            _check(base / "config.json")
+        _check(base / "config.json")
 
     return run
 
@@ -89,4 +88,4 @@ def _seeds() -> Mapping[str, bytes]:
 
 
 _JSON = json_text(WORDS)
-TARGET = Target(_prepare, _seeds, bundle(FILES[0], dict.fromkeys(FILES, _JSON)), WORDS)
+TARGET = Target(_prepare, _seeds, CheckpointError, bundle(FILES[0], dict.fromkeys(FILES, _JSON)), WORDS)

@@ -34,14 +34,13 @@ def _prepare(scratch: Path) -> Run:
     def run(data: bytes) -> None:
         files = {BITMAPS: b"", OFFSETS: b"", **split(data, BITMAPS)}
         write(files, scratch, (BITMAPS, OFFSETS))
-        with suppress(PlanError):
-            offsets = npy_data(files[OFFSETS])
-            digest = xxhash.xxh3_128_hexdigest(files[BITMAPS] + offsets)
-            with closing(CoreReader(file, digest, max(0, len(offsets) // 8 - 1))) as reader:
-                for chunk in range(-1, CHUNKS):
-                    for elements in ELEMENTS:
-                        with suppress(PlanError):
-                            _check(reader, chunk, elements, files)
+        offsets = npy_data(files[OFFSETS])
+        digest = xxhash.xxh3_128_hexdigest(files[BITMAPS] + offsets)
+        with closing(CoreReader(file, digest, max(0, len(offsets) // 8 - 1))) as reader:
+            for chunk in range(-1, CHUNKS):
+                for elements in ELEMENTS:
+                    with suppress(PlanError):
+                        _check(reader, chunk, elements, files)
 
     return run
 
@@ -83,4 +82,4 @@ def _seeds() -> Mapping[str, bytes]:
     return seeds
 
 
-TARGET = Target(_prepare, _seeds, bundle(BITMAPS, {BITMAPS: _binary, OFFSETS: _binary}), max_bytes=16384)
+TARGET = Target(_prepare, _seeds, PlanError, bundle(BITMAPS, {BITMAPS: _binary, OFFSETS: _binary}), max_bytes=16384)

@@ -39,7 +39,7 @@ def _prepare(scratch: Path) -> Run:
             cpimerge.fuse(directory, out, threads=1)
         except CpimergeError:
             assert not out.exists()
-            return
+            raise
         _check(out, Plan.load(directory))
 
     return run
@@ -59,6 +59,7 @@ def _seeds() -> Mapping[str, bytes]:
 TARGET = Target(
     _prepare,
     _seeds,
+    CpimergeError,
     bundle(PLAN_FILE, {PLAN_FILE: json_text(WORDS), **dict.fromkeys(FILES[1:], _binary)}),
     WORDS,
     max_bytes=32768,

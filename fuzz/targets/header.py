@@ -33,20 +33,21 @@ def _prepare(scratch: Path) -> Run:
 
     def run(data: bytes) -> None:
         file.write_bytes(data)
-        shard, refusal = None, ""
+        shard, refusal = None, None
         try:
             shard = read_header(file)
         except CheckpointError as error:
-            refusal = str(error)
+            refusal = error
         try:
             theirs = deserialize(data)  # type: ignore[no-untyped-call]
         except SafetensorError:
-            assert shard is None, "safetensors refuses what cpimerge accepts"
-            return
-        if shard is None:
-            assert any(part in refusal for part in STRICTER), f"safetensors accepts what cpimerge refuses: {refusal}"
-        else:
+            assert refusal is not None, "safetensors refuses what cpimerge accepts"
+            raise refusal from None
+        if shard is not None:
             _compare(shard, dict(theirs), data)
+        elif refusal is not None:
+            assert any(part in str(refusal) for part in STRICTER), "safetensors accepts what cpimerge refuses"
+            raise refusal
 
     return run
 
@@ -76,4 +77,4 @@ def _seeds() -> Mapping[str, bytes]:
     }
 
 
-TARGET = Target(_prepare, _seeds, header(WORDS), WORDS)
+TARGET = Target(_prepare, _seeds, CheckpointError, header(WORDS), WORDS)

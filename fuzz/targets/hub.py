@@ -5,6 +5,7 @@ Oracle: nothing is written but below the directory of the run or of the cache, a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -64,10 +65,9 @@ def _prepare(scratch: Path) -> Run:
         with _served(http, lambda request: _answer(http, request, served), cache):
             with suppress(CpimergeError):
                 hub.download({MODEL: True}, lambda *_: None)
-            with suppress(CpimergeError):
-                streams = Streams(room)
-                located = streams.locate(Reference(Place(scratch / "none", MODEL)), True)
-                streams.open(located.path)
+            streams = Streams(room)
+            located = streams.locate(Reference(Place(scratch / "none", MODEL)), True)
+            streams.open(located.path)
 
     return run
 
@@ -98,9 +98,13 @@ def _answer(http: Any, request: Any, served: Mapping[str, bytes]) -> Any:
     path = request.url.path
     if path.startswith("/api/"):
         return http.Response(200, content=served.get(API, b"{}"), headers={"Content-Type": "application/json"})
-    content = served.get(path.rpartition(f"/resolve/{COMMIT}/")[2] or path.rpartition("/")[2], b"{}")
+    content = served.get(path.partition("/resolve/")[2].partition("/")[2], b"{}")
     part = request.headers.get("Range")
-    whole = {"ETag": '"' + "a" * 40 + '"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(content))}
+    whole = {
+        "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+        "X-Repo-Commit": COMMIT,
+        "Content-Length": str(len(content)),
+    }
     if request.method == "HEAD":
         return http.Response(200, headers=whole)
     if part is None:
@@ -135,6 +139,7 @@ def _seeds() -> Mapping[str, bytes]:
 TARGET = Target(
     _prepare,
     _seeds,
+    CpimergeError,
     bundle(API, {**dict.fromkeys((API, *SERVED[:3]), json_text(WORDS)), SERVED[3]: header(files.WORDS)}),
     WORDS,
     max_bytes=8192,

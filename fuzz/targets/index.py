@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from cpimerge.checkpoint import INDEX
@@ -31,13 +30,12 @@ def _prepare(scratch: Path) -> Run:
     def run(data: bytes) -> None:
         files = split(data, INDEX)
         write(files, path, FILES)
-        with suppress(CheckpointError):
-            checkpoint = open_checkpoint(path)
-            weight_map = json.loads(files[INDEX])["weight_map"]
-            assert checkpoint.tensors.keys() == weight_map.keys()
-            for shard in checkpoint.shards:
-                assert shard.file.parent == path
-                assert {weight_map[info.name] for info in shard.tensors} <= {shard.file.name}
+        checkpoint = open_checkpoint(path)
+        weight_map = json.loads(files[INDEX])["weight_map"]
+        assert checkpoint.tensors.keys() == weight_map.keys()
+        for shard in checkpoint.shards:
+            assert shard.file.parent == path
+            assert {weight_map[info.name] for info in shard.tensors} <= {shard.file.name}
 
     return run
 
@@ -65,6 +63,7 @@ _JSON = json_text(INDEX_WORDS)
 TARGET = Target(
     _prepare,
     _seeds,
+    CheckpointError,
     bundle(INDEX, {INDEX: _JSON, "config.json": _JSON, FIRST: header(WORDS), SECOND: header(WORDS)}),
     INDEX_WORDS,
     max_bytes=8192,

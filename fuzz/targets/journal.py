@@ -62,4 +62,4 @@ def _seeds() -> Mapping[str, bytes]:
     return {"whole": b"".join(rows), "torn": b"".join(rows)[:-7], "none": b"", "list": _line(b"[1]")}
 
 
-TARGET = Target(_prepare, _seeds, _mutate, WORDS)
+TARGET = Target(_prepare, _seeds, (), _mutate, WORDS)

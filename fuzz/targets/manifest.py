@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from cpimerge.companions import MANIFEST
@@ -28,10 +27,9 @@ def _prepare(scratch: Path) -> Run:
 
     def run(data: bytes) -> None:
         (out / MANIFEST).write_bytes(data)
-        with suppress(OutputError):
-            upload, sha256 = _checked(out, "org/name", lambda *_: None)
-            assert upload.files.keys() == {*CONTENTS, MANIFEST}
-            assert sha256["README.md"] == _described("README.md")["sha256"] or "README.md" in upload.edited
+        upload, sha256 = _checked(out, "org/name", lambda *_: None)
+        assert upload.files.keys() == {*CONTENTS, MANIFEST}
+        assert sha256["README.md"] == _described("README.md")["sha256"] or "README.md" in upload.edited
 
     return run
 
@@ -54,4 +52,4 @@ def _seeds() -> Mapping[str, bytes]:
     }
 
 
-TARGET = Target(_prepare, _seeds, json_text(WORDS), WORDS)
+TARGET = Target(_prepare, _seeds, OutputError, json_text(WORDS), WORDS)

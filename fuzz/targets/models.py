@@ -6,7 +6,6 @@ Oracle: what passes has the same tensors in both, of the same shapes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from cpimerge.errors import CpimergeError
@@ -52,11 +51,10 @@ def _prepare(scratch: Path) -> Run:
 
     def run(data: bytes) -> None:
         write(split(data, FILES[0]), scratch, FILES)
-        with suppress(CpimergeError):
-            inputs = check(recipe)
-            for spec in inputs.tensors:
-                assert {info.shape for info in spec.sources} == {spec.shape}
-                assert len(spec.sources) == len(inputs.checkpoints)
+        inputs = check(recipe)
+        for spec in inputs.tensors:
+            assert {info.shape for info in spec.sources} == {spec.shape}
+            assert len(spec.sources) == len(inputs.checkpoints)
 
     return run
 
@@ -82,6 +80,7 @@ _HEADER, _JSON = header((*files.WORDS, *NAMES)), json_text(WORDS)
 TARGET = Target(
     _prepare,
     _seeds,
+    CpimergeError,
     bundle(FILES[0], {name: _JSON if name.endswith("json") else _HEADER for name in FILES}),
     (*WORDS, *NAMES),
     max_bytes=8192,

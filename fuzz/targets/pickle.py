@@ -39,8 +39,7 @@ def _prepare(scratch: Path) -> Run:
     def run(data: bytes) -> None:
         archive = _archive(data)
         file.write_bytes(archive)
-        with suppress(CheckpointError):
-            compare(read_pickled(file), archive)
+        compare(read_pickled(file), archive)
 
     return run
 
@@ -121,4 +120,4 @@ def _seeds() -> Mapping[str, bytes]:
     return pickles
 
 
-TARGET = Target(_prepare, _seeds, _mutate, WORDS, max_bytes=4096, memory=20_000_000)
+TARGET = Target(_prepare, _seeds, CheckpointError, _mutate, WORDS, max_bytes=4096, memory=20_000_000)

@@ -67,8 +67,9 @@ def resealed(files: Mapping[str, bytes], scratch: Path) -> dict[str, bytes]:
         raw = json.loads(text)
         for task in raw["tasks"]:
             place = str(task["core_file"])
-            offsets = files[str(Path(place).with_suffix(".npy"))]
-            task["core_xxh3"] = xxhash.xxh3_128_hexdigest(files[place] + npy_data(offsets))
+            offsets = str(Path(place).with_suffix(".npy"))
+            if place in files and offsets in files:
+                task["core_xxh3"] = xxhash.xxh3_128_hexdigest(files[place] + npy_data(files[offsets]))
         if COEFFICIENTS_FILE in files:
             raw["coefficients_xxh3"] = xxhash.xxh3_128_hexdigest(npy_data(files[COEFFICIENTS_FILE]))
     except (ValueError, KeyError, TypeError, RecursionError):

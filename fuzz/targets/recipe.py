@@ -6,7 +6,6 @@ Oracles: what is accepted, PyYAML without any guessing reads as well; written ag
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -23,7 +22,7 @@ from cpimerge.recipe import Recipe, load_recipe, parse_recipe
 from cpimerge.recipe_schema import Document, Slice, Source, _Shared
 
 from ..mutation import lines
-from ..target import Run, Target
+from ..target import Run, Target, accepted_before
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = (
@@ -65,11 +64,11 @@ def _prepare(scratch: Path) -> Run:
 
     def run(data: bytes) -> None:
         file.write_bytes(data)
-        with suppress(RecipeError):
-            recipe = load_recipe(file)
-            tree = yaml.load(recipe.text, yaml.BaseLoader)
+        recipe = load_recipe(file)
+        tree = yaml.load(recipe.text, yaml.BaseLoader)
+        with accepted_before():
             again = parse_recipe(_dumped(tree), file, scratch)
-            assert _content(again) == _content(recipe), "written again, it is another recipe"
+        assert _content(again) == _content(recipe), "written again, it is another recipe"
 
     return run
 
@@ -114,4 +113,4 @@ def _seeds() -> Mapping[str, bytes]:
     return {file.stem: file.read_bytes() for file in sorted(RECIPES.glob("*.yml"))} | {"slices": SLICES}
 
 
-TARGET = Target(_prepare, _seeds, lines(WORDS), WORDS, max_bytes=8192, memory_per_byte=2000)
+TARGET = Target(_prepare, _seeds, RecipeError, lines(WORDS), WORDS, max_bytes=8192, memory_per_byte=2000)

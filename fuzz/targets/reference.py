@@ -29,9 +29,10 @@ def _prepare(scratch: Path) -> Run:
         text = data.decode("utf-8", "surrogateescape")
         if not text:
             return
-        reference = parse_reference(text, scratch / "recipes")
-        _check(reference)
-        _check(Reference(planned_place(text)))
+        for reference in (parse_reference(text, scratch / "recipes"), Reference(planned_place(text))):
+            _check(reference)
+            with suppress(CheckpointError):
+                locate(reference)
 
     return run
 
@@ -45,8 +46,6 @@ def _check(reference: Reference) -> None:
         assert str(place.path) in (os.path.normpath(place.path), "/" + os.path.normpath(place.path))
         planned = planned_path(place.path)
         assert planned_place(planned).path == (place.path if planned == str(place.path) else Path("/", planned))
-    with suppress(CheckpointError):
-        locate(reference)
 
 
 def _seeds() -> Mapping[str, bytes]:
@@ -61,4 +60,4 @@ def _seeds() -> Mapping[str, bytes]:
     }
 
 
-TARGET = Target(_prepare, _seeds, lines(WORDS), WORDS, max_bytes=512)
+TARGET = Target(_prepare, _seeds, CheckpointError, lines(WORDS), WORDS, max_bytes=512)

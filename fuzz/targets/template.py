@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from cpimerge.chat_template import check_replaceable, read_template, write_template
@@ -11,7 +10,7 @@ from cpimerge.errors import CheckpointError
 
 from ..bundles import join, split, write
 from ..mutation import bundle, json_text, lines
-from ..target import Run, Target
+from ..target import Run, Target, accepted_before
 from .files import as_bytes
 
 FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
@@ -22,12 +21,12 @@ TEMPLATE = "{{ messages[0]['content'] }} é\n"
 def _prepare(scratch: Path) -> Run:
     def run(data: bytes) -> None:
         write(split(data, FILES[0]), scratch, FILES)
-        with suppress(CheckpointError):
-            found = read_template(scratch)
-            assert found is None or isinstance(found, str)
+        assert isinstance(read_template(scratch), str | None)
         problems: list[str] = []
         check_replaceable(scratch, problems)
-        if not problems:
+        if problems:
+            raise CheckpointError(problems)
+        with accepted_before():
             write_template(scratch, TEMPLATE)
             assert read_template(scratch) == TEMPLATE
 
@@ -45,4 +44,10 @@ def _seeds() -> Mapping[str, bytes]:
 
 
 _JSON = json_text(WORDS)
-TARGET = Target(_prepare, _seeds, bundle(FILES[1], {FILES[0]: lines(WORDS), FILES[1]: _JSON, FILES[2]: _JSON}), WORDS)
+TARGET = Target(
+    _prepare,
+    _seeds,
+    CheckpointError,
+    bundle(FILES[1], {FILES[0]: lines(WORDS), FILES[1]: _JSON, FILES[2]: _JSON}),
+    WORDS,
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ WORDS = (
 def _prepare(scratch: Path) -> Run:
     def run(data: bytes) -> None:
         write(split(data, FILES[0]), scratch, FILES)
-        with suppress(CheckpointError):
-            found = find_tokenizer([scratch])
-            if found is None:
-                return
-            assert found.same(found)
-            tokens = read_tokens(found)
-            assert all(0 <= number < MAX_ID for number in tokens.names)
-            assert {number: token for token, number in tokens.ids.items()} == tokens.names or _stands_twice(tokens)
-            assert len(tokens.xxh3) == len(tokens.core)
+        found = find_tokenizer([scratch])
+        if found is None:
+            return
+        assert found.same(found)
+        tokens = read_tokens(found)
+        assert all(0 <= number < MAX_ID for number in tokens.names)
+        assert {number: token for token, number in tokens.ids.items()} == tokens.names or _stands_twice(tokens)
+        assert len(tokens.xxh3) == len(tokens.core)
 
     return run
 
@@ -78,6 +76,7 @@ _JSON, _LINES = json_text(WORDS), lines(WORDS)
 TARGET = Target(
     _prepare,
     _seeds,
+    CheckpointError,
     bundle(FILES[0], {name: _JSON if name.endswith(".json") else _LINES for name in FILES}),
     WORDS,
     memory=8_000_000,
