@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, Tensor
 
 __all__ = ["Fault", "Orientation", "Update"]
 
+MANY = 1024  # a rank that is nothing unusual; one beyond it and the weight's own size takes memory to no use
 OTHER_MODEL = "Was the adapter trained on another model?"
 
 
@@ -73,6 +74,10 @@ class Update:
         elif self.a.shape[0] != (rank := config.rank_of(self.module)):
             yield Fault(
                 self.a.name, f"is of rank {self.a.shape[0]}, {ADAPTER_CONFIG} says {rank}. Save the adapter again"
+            )
+        elif rank > max(MANY, *self.weight.shape):
+            yield Fault(
+                self.a.name, f"is of rank {rank}, and updates only {list(self.weight.shape)}. Take another adapter"
             )
         yield from self._faults_of_extras(config)
 

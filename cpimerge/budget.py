@@ -64,13 +64,22 @@ class Budget:
         total = max(least, DEFAULT_SHARED_BYTES + threads * DEFAULT_THREAD_BYTES)
         if memory is not None:
             total = _size(memory)
+        counted = "1 thread" if threads == 1 else f"{threads} threads"
         if total < least:
-            counted = "1 thread" if threads == 1 else f"{threads} threads"
             raise ResourceError(
                 f"memory: {format_size(total)} is too little for {counted} and this many models: "
                 f"at least {_rounded_up(least)} is needed. {_way_out(threads, chunk_bytes)}"
             )
+        if memory is None and total > (have := _machine_bytes()):
+            raise ResourceError(
+                f"memory: the models take {_rounded_up(least)} on {counted}, and this machine has {format_size(have)}. "
+                "Use fewer threads or fewer models; of an adapter, see whether its rank makes sense"
+            )
         return cls(threads, total)
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _size(memory: int | str) -> int:

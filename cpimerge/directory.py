@@ -89,7 +89,7 @@ def _weight_map(path: Path, form: _Format, problems: list[str]) -> dict[str, str
         raise CheckpointError(f"{index}: has no 'weight_map' of tensor names to shards. {AGAIN}")
     unfit = sorted({shown(shard) for shard in weight_map.values() if not _is_file_name(shard)})
     problems.extend(f"{index}: shard {shard} is not the name of a file beside it. {AGAIN}" for shard in unfit)
-    unnamed = [name for name in weight_map if not is_name(name)]
+    unnamed = {name: None for name in weight_map if not is_name(name)}
     problems.extend(f"{index}: tensor {shown(name)}: {UNNAMED}" for name in unnamed)
     return {name: shard for name, shard in weight_map.items() if _is_file_name(shard) and name not in unnamed}
 
@@ -105,7 +105,7 @@ def _files(path: Path, form: _Format, weight_map: Mapping[str, str], problems: l
     if not weight_map and not (path / form.weights).is_file():
         raise CheckpointError(_why_no_weights(path))
     files = [path / shard for shard in sorted(set(weight_map.values()))] or [path / form.weights]
-    missing = [file for file in files if not file.is_file()]
+    missing = {file: None for file in files if not file.is_file()}
     problems.extend(f"{file}: missing, though {form.index} names it. Complete the download" for file in missing)
     return [file for file in files if file not in missing]
 
@@ -130,6 +130,8 @@ def _why_no_weights(path: Path) -> str:
 
 def _why_other_files(path: Path) -> str:
     """What a directory holds that is no checkpoint under the usual names."""
+    if odd := [name for name in CHECKPOINT_FILES if os.path.lexists(path / name)]:
+        return f"{path / odd[0]}: is no ordinary file, nor a link to one. Download it again"
     if others := sorted(file.name for file in path.glob("*.safetensors")):
         return (
             f"{path}: neither {WEIGHTS} nor {INDEX} in it, only {others[0]!r}. "

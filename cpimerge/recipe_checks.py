@@ -11,7 +11,7 @@ from pathlib import Path
 from .recipe_models import check_models, groups, owners, reference_at, task_name, tasks, text_at
 from .recipe_schema import BACKBONE_WORDS, KEYS_OF_A_MODEL, RESERVED_NAMES
 from .references import parse_reference
-from .yamltree import Problem, Tree, Where, as_number, nearest
+from .yamltree import Problem, Tree, Where, as_number, describe, nearest
 
 __all__ = ["check_together", "name_fault"]
 
@@ -46,7 +46,7 @@ def _check_names(tree: Tree, names: dict[Where, str]) -> Iterator[Problem]:
             continue
         remedy = "give another name" if given else "set name: for this model"
         if fault := name_fault(name):
-            yield tree.problem(where, f"{name!r} cannot be a task's name, as {fault}; {remedy}")
+            yield tree.problem(where, f"{describe(name)} cannot be a task's name, as {fault}; {remedy}")
         elif name in lines:
             yield tree.problem(where, f"a task is named {name!r} already, line {lines[name]}; {remedy}")
         lines.setdefault(name, tree.lines[where])

@@ -40,13 +40,20 @@ LISTED_PAIRS = 20
 HALF_PRECISION = ("BF16", "F16")
 Titled = tuple[Text, Table]
 WIDE = 10_000  # columns where nothing limits them
+MOST = 6000  # characters of a line: more than any path or name of a tensor has
 NARROW = 80  # columns at least: a table that a terminal wraps is better than numbers cut short
 
 
 def printable(text: object) -> str:
-    """`text` on one line, its control and other invisible characters escaped: names come from files."""
+    """`text` on one line, its control and other invisible characters escaped, cut where it is endless.
+
+    Names come from files, and so does much that stands in an error.
+    """
+    shown = str(text)
+    if len(shown) > MOST:
+        shown = f"{shown[: MOST // 2]} … {shown[-MOST // 2 :]}"
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in str(text)
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in shown
     )
 
 
@@ -57,7 +64,8 @@ def render(renderables: Iterable[RenderableType], width: int | None, color: bool
         file=io.StringIO(), width=columns, force_terminal=color, markup=False, emoji=False, highlight=False
     )
     with console.capture() as captured:
-        for renderable in renderables:
+        for given in renderables:
+            renderable = "\n".join(map(printable, given.split("\n"))) if isinstance(given, str) else given
             console.print(renderable, soft_wrap=not isinstance(renderable, Table))
     return captured.get()
 

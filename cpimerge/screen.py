@@ -53,7 +53,7 @@ class Screen:
     def tell(self, line: str) -> None:
         """Print a line of progress."""
         if not self.quiet:
-            click.echo(line, err=True)
+            _say(line)
 
     def resumed(self, done: int, total: int) -> None:
         """Say that a run goes on where an earlier one was cut off."""
@@ -93,19 +93,20 @@ class Screen:
         from .report import printable
 
         for problem in problems[:MAX_SHOWN_PROBLEMS]:
-            click.echo(f"error: {printable(problem)}", err=True)
+            _say(f"error: {printable(problem)}")
         if len(problems) > MAX_SHOWN_PROBLEMS:
-            click.echo(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these", err=True)
+            _say(f"error: and {len(problems) - MAX_SHOWN_PROBLEMS} more like these")
 
     def _fail(self, problems: Sequence[str], error: BaseException, code: int = 1) -> None:
         from .report import printable
 
         notes: list[str] = getattr(error, "__notes__", [])
         if self.debug:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                click.echo(printable(line), err=True)
         self.list_problems(problems)
         for note in notes:
-            click.echo(f"note: {printable(note)}", err=True)
+            _say(f"note: {printable(note)}")
         with suppress(OutputError):  # it may be the very problem
             self.data({"errors": list(problems)} | ({"notes": notes} if notes else {}))
         sys.exit(code)
@@ -119,18 +120,20 @@ class Screen:
         bars: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
-            if phase not in bars:
-                bars[phase] = new_bar(total=total, desc=phase, initial=self._done_before)
-                self._done_before = 0
-            bars[phase].update(done - bars[phase].n)
-            if done >= total:
-                bars[phase].close()
+            with _whoever_reads():
+                if phase not in bars:
+                    bars[phase] = new_bar(total=total, desc=phase, initial=self._done_before)
+                    self._done_before = 0
+                bars[phase].update(done - bars[phase].n)
+                if done >= total:
+                    bars[phase].close()
 
         try:
             yield update
         finally:
-            for bar in bars.values():
-                bar.close()
+            with _whoever_reads():
+                for bar in bars.values():
+                    bar.close()
 
 
 class Stopped(KeyboardInterrupt):
@@ -171,11 +174,31 @@ def _write(text: str) -> None:
     try:
         click.echo(text, nl=False)
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # also what Python still has to flush
-        os.close(nowhere)
+        _send_nowhere(sys.stdout)
         if error.errno != errno.EPIPE:
             raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def _say(line: str) -> None:
+    """To stderr."""
+    with _whoever_reads():
+        click.echo(line, err=True)
+
+
+@contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Where stderr cannot be written, there is nobody to tell, and the work goes on."""
+    try:
+        yield
+    except OSError:
+        _send_nowhere(sys.stderr)
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """What is written from now on, and what Python still has to flush."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _columns(terminal: TextIO) -> int:
@@ -194,6 +217,6 @@ def _lines() -> Progress:
         tenths = 10 * done // total if total else 10
         if tenths > shown.get(phase, 0):
             shown[phase] = tenths
-            click.echo(f"{phase}: {10 * tenths}% of {format_size(total)}", err=True)
+            _say(f"{phase}: {10 * tenths}% of {format_size(total)}")
 
     return update

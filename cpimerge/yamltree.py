@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 MAX_DEPTH = 20
-MAX_NUMBER_LENGTH = 100
+TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
+MAX_NUMBER = 100  # characters
 MAX_WHOLE = 2**64 - 1
 
 # Exponents have at most three digits: 1e999999999 as an exact fraction would fill the memory.
@@ -124,7 +125,7 @@ def key_text(where: Where) -> str:
         if isinstance(step, int):
             text += f"[{step}]"
         else:
-            text += ("." if text else "") + (step if re.fullmatch(r"[\w-]+", step) else describe(step))
+            text += ("." if text else "") + (step if re.fullmatch(r"[\w-]{1,60}", step) else describe(step))
     return text
 
 
@@ -187,24 +188,23 @@ class _Reader:
 
     def value(self, event: Any, where: Where) -> Any:
         if isinstance(event, yaml.AliasEvent):
-            name = f"'*{event.anchor}'"
+            name = describe(f"*{event.anchor}")
             self.refuse(where, f"{name} is a YAML alias; put it in quotes, or write the value out", event)
             return None
         self.refuse_marks(event, where)
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(event, where)
         if len(where) >= MAX_DEPTH:
-            raise Unreadable(_line(event), f"values are nested more than {MAX_DEPTH} deep")
+            raise Unreadable(_line(event), TOO_DEEP)
         return self.mapping(where) if isinstance(event, yaml.MappingStartEvent) else self.sequence(where)
 
     def refuse(self, where: Where, message: str, event: Any) -> None:
         self.tree.problems.append(Problem(_line(event), where, message))
 
     def refuse_marks(self, event: Any, where: Where) -> None:
-        if event.anchor is not None:
-            self.refuse(where, f"YAML anchors such as '&{event.anchor}' are not supported; remove it", event)
-        if event.tag is not None:
-            self.refuse(where, f"YAML tags such as {describe(event.tag)} are not supported; remove it", event)
+        for kind, mark in (("anchors", event.anchor and f"&{event.anchor}"), ("tags", event.tag)):
+            if mark is not None:
+                self.refuse(where, f"YAML {kind} such as {describe(mark)} are not supported; remove it", event)
 
     def scalar(self, event: yaml.ScalarEvent, where: Where) -> Scalar | None:
         if event.value == "" and event.style is None:
@@ -254,6 +254,8 @@ class _Reader:
         depth = 0
         while True:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise Unreadable(_line(event), TOO_DEEP)
             if depth == 0:
                 return
             event = next(self.events)
@@ -265,8 +267,6 @@ def _line(event: Any) -> int:
 
 
 # What a schema's fields are made of.
-
-
 def nearest(word: str, valid: Iterable[str], what: str) -> str:
     """The end of a message about an unknown word: `did you mean 'density'?`, or else all that is valid."""
     by_lower = {name.lower(): name for name in valid}
@@ -291,11 +291,10 @@ def as_number(value: object) -> Fraction:
     Raises ValueError for anything else, also for what YAML or Python would
     take: 0x10, 1_000, 1:30, 010, .inf.
     """
-    if isinstance(value, Scalar) and value.quoted:
+    if getattr(value, "quoted", False):
         raise ValueError(f"expected a number, got the quoted text {describe(value)}; remove the quotes")
-    if isinstance(value, str) and len(value) > MAX_NUMBER_LENGTH:
-        limit = f"at most {MAX_NUMBER_LENGTH} characters"
-        raise ValueError(f"expected a number of {limit}, got {describe(value)}")
+    if isinstance(value, str) and len(value) > MAX_NUMBER:
+        raise ValueError(f"expected a number of at most {MAX_NUMBER} characters, got {describe(value)}")
     if not isinstance(value, str) or not _NUMBER.fullmatch(value):
         raise ValueError(f"expected a decimal number such as 0.01 or 1e-3, got {describe(value)}")
     return Fraction(value)

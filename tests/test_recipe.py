@@ -1013,14 +1013,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "a long name": (
         entry(f"  - {{model: ./x, name: {LONG}}}"),
         [
-            f"6: models[2].name: '{LONG}' cannot be a task's name, as it is longer than 100 characters or "
+            f"6: models[2].name: '{LONG[:60]}…' cannot be a task's name, as it is longer than 100 characters or "
             "200 bytes; give another name"
         ],
     ),
     "a name of many bytes": (
         entry(f"  - {{model: ./x, name: {WIDE}}}"),
         [
-            f"6: models[2].name: '{WIDE}' cannot be a task's name, as it is longer than 100 characters or "
+            f"6: models[2].name: '{WIDE[:60]}…' cannot be a task's name, as it is longer than 100 characters or "
             "200 bytes; give another name"
         ],
     ),
