@@ -559,6 +559,23 @@ def test_a_full_disk_behind_stdout_is_one_line(models: Path, tmp_path: Path, opt
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("where", ["/dev/full", "closed pipe"])
+@pytest.mark.parametrize("recipe", ["recipe.yml", "nowhere.yml"])
+def test_stderr_that_cannot_be_written_does_not_stop_the_work(
+    models: Path, tmp_path: Path, where: str, recipe: str
+) -> None:
+    if where == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(where, os.O_WRONLY)
+    command = [sys.executable, "-m", "cpimerge", "plan", str(models / recipe), "-o", str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=writer, text=True, check=False)
+    os.close(writer)
+    assert result.returncode == (0 if recipe == "recipe.yml" else 1)
+    assert (tmp_path / "out" / "plan.json").exists() == (recipe == "recipe.yml")
+
+
 def test_a_locale_without_the_characters_is_no_reason_to_fail(models: Path, tmp_path: Path) -> None:
     arguments = ("plan", models / "recipe.yml", "-o", tmp_path / "out")
     result = process(*arguments, env={"PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
