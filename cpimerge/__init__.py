@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import estimate, fuse, inspect, merge, plan, push, verify, verify_inputs
 from .errors import (
+    ChangedInputError,
     CheckpointError,
     CpimergeError,
     IncompatibleError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedInputError",
     "CheckpointError",
     "CpimergeError",
     "IncompatibleError",

@@ -223,7 +223,9 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
 
     Options, return value and what is raised as for both; `resumed` may be called for each of them.
     """
-    from .staging import Target, resumable_directory, staged_bytes
+    from .companions import read_manifest
+    from .identity import merge_work
+    from .staging import Target, forget, is_published, resumable_directory, staged_bytes
     from .writer import shard_limit
 
     goal = Path(out).expanduser().absolute()
@@ -237,15 +239,19 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
         sizes.check_disk(needed - staged_bytes(goal), goal)
         announce(needs)
 
-    limits, watch = (threads, memory), _watch(progress, resumed)
-    with (
-        _checked(recipe, target, download, progress) as (inputs, find),
-        resumable_directory(target, ".merge") as directory,
-    ):
-        plan_target = Target(directory / "plan", force=True, keep_journal=True)
-        plan = _plan(inputs, plan_target, limits, watch, check_disk)
-        planned(plan)
-        return _fuse(plan, plan_target.directory, target, limits, watch, find)
+    with _checked(recipe, target, download, progress) as (inputs, find):
+        merged = replace(target, keep_journal=True, work=merge_work(inputs, target.shard_bytes))
+        with resumable_directory(target, ".merge") as directory:
+            if is_published(merged):
+                manifest = read_manifest(goal)
+            else:
+                limits, watch = (threads, memory), _watch(progress, resumed)
+                plan_target = Target(directory / "plan", force=True, keep_journal=True)
+                plan = _plan(inputs, plan_target, limits, watch, check_disk)
+                planned(plan)
+                manifest = _fuse(plan, plan_target.directory, merged, limits, watch, find)
+        forget(goal)  # last: until then the next run can tell that the output is this merge's
+    return manifest
 
 
 def push(  # noqa: PLR0913 - all but two are keywords with a default
