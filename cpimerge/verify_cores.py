@@ -19,8 +19,10 @@ import xxhash
 
 from .checkpoint import layer_of
 from .errors import PlanError, RecipeError
+from .ordinary import open_ordinary
 from .plan_file import Plan, TensorPlan
 from .recipe import Recipe
+from .verify_arrays import open_npy
 from .verify_elements import Seen
 from .verify_results import Findings
 
@@ -32,6 +34,7 @@ ARRAY_MOST = 4096  # elements of an array container
 OFFSETS_FROM = 4  # containers, in a file with runs
 MAX_KEYS = 1 << 16
 READ_BYTES = 1 << 20
+MAX_ELEMENTS = 1 << 18  # of a chunk
 
 Places = npt.NDArray[np.int64]
 
@@ -39,26 +42,19 @@ Places = npt.NDArray[np.int64]
 class CoreFile:
     """The core file of one task, read on any thread; to be closed."""
 
-    def __init__(self, file: Path, expected_xxh3: str) -> None:
-        """Raises PlanError where it is not what the plan was saved with."""
+    def __init__(self, file: Path, chunks: int, expected_xxh3: str) -> None:
+        """`chunks`: how many the plan has. Raises PlanError where it is not what the plan was saved with."""
         self.file = file
+        self.offsets = np.array(open_npy(file.with_suffix(".npy"), "<u8", (chunks + 1,)))
         try:
-            self.offsets = np.load(file.with_suffix(".npy"), allow_pickle=False)
-            self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except (OSError, ValueError, EOFError) as error:
-            raise PlanError(f"{file}: cannot be read: {error}") from error
+            self._handle = open_ordinary(file)
+        except OSError as error:
+            raise PlanError(f"{file}: cannot be read: {error.strerror}") from error
         size = os.fstat(self._handle).st_size
-        if self._hash() != expected_xxh3:
+        fits = size <= chunks * _most_bytes(MAX_ELEMENTS) and self.offsets[0] == 0 and self.offsets[-1] == size
+        if not fits or self._hash() != expected_xxh3:
             self.close()
             raise PlanError(f"{file}: it or its offsets are not what the plan was saved with")
-        steps = self.offsets
-        if steps.dtype != np.uint64 or steps.ndim != 1 or not steps.size or steps[0] != 0 or steps[-1] != size:
-            self.close()
-            raise PlanError(f"{file}: its offsets do not fit it")
-
-    @property
-    def chunks(self) -> int:
-        return len(self.offsets) - 1
 
     def close(self) -> None:
         os.close(self._handle)
@@ -66,9 +62,7 @@ class CoreFile:
     def positions(self, chunk: int, elements: int) -> Places:
         """Ascending positions within a chunk of so many elements. Raises PlanError where they are not."""
         begin, end = int(self.offsets[chunk]), int(self.offsets[chunk + 1])
-        # A bitmap of so few elements is no larger, however it is written.
-        most = 8 + -(-elements // CONTAINER) * (16 + CONTAINER // 8 + 4 * CONTAINER)
-        if not 0 <= end - begin <= most:
+        if not 0 <= end - begin <= _most_bytes(elements):
             raise PlanError(f"{self.file}: chunk {chunk}: {end - begin} bytes are no bitmap of {elements} elements")
         try:
             found = positions_in(os.pread(self._handle, end - begin, begin))
@@ -86,6 +80,11 @@ class CoreFile:
             place += len(block)
         digest.update(self.offsets.tobytes())
         return digest.hexdigest()
+
+
+def _most_bytes(elements: int) -> int:
+    """No bitmap of so few elements is larger, however it is written."""
+    return 8 + -(-elements // CONTAINER) * (16 + CONTAINER // 8 + 4 * CONTAINER)
 
 
 def positions_in(data: bytes) -> Places:

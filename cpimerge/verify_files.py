@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import OutputError
+from .ordinary import open_ordinary, read_ordinary
 from .plan_file import Plan, TensorPlan
 from .verify_numbers import SIZES
 from .verify_results import Findings
@@ -89,9 +90,7 @@ def read_manifest(out: Path) -> tuple[Manifest, bytes]:
     """The manifest, and its bytes. Raises OutputError where there is none, or one that nobody can compare with."""
     file = out / MANIFEST
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise OutputError(f"{file}: is too large to be a manifest")
-        raw = file.read_bytes()
+        raw = read_ordinary(file, MAX_JSON_BYTES)
         return Manifest.model_validate(_parsed(raw)), raw
     except FileNotFoundError as error:
         raise OutputError(
@@ -114,14 +113,14 @@ def _parsed(raw: bytes) -> Any:
             raise ValueError("a key stands there twice")
         return dict(pairs)
 
-    return json.loads(raw, object_pairs_hook=unique)
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
 
 
 def sha256(file: Path) -> str:
     """Of a whole file, in hex. Raises OSError."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
-    with file.open("rb", buffering=0) as stream:
+    with os.fdopen(open_ordinary(file), "rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
@@ -132,7 +131,7 @@ def check_files(out: Path, manifest: Manifest, findings: Findings) -> int:
     agree = 0
     for name, described in (manifest.shards | manifest.files).items():
         file = out / name
-        if not _is_inside(name):
+        if not is_inside(name):
             findings.fail(out / MANIFEST, f"describes {name!r}, which is no file of the output")
         elif not file.is_file():
             findings.fail(file, "missing, though the manifest names it")
@@ -158,7 +157,8 @@ def _agrees(file: Path, described: File, findings: Findings) -> bool:
     return agrees
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Whether a file that the manifest names lies in the output, by its name."""
     parts = name.split("/")
     return "\0" not in name and not {"", ".", ".."} & {*parts}
 
@@ -181,7 +181,7 @@ def weights(out: Path, manifest: Manifest, plan: Plan, findings: Findings) -> li
     unread = False
     for name in manifest.shards:
         before = len(findings.failures)
-        found = _read_header(out, name, findings) if _is_inside(name) else None
+        found = _read_header(out, name, findings) if is_inside(name) else None
         if found is None:
             unread = True
             continue
@@ -209,7 +209,7 @@ def _read_header(out: Path, name: str, findings: Findings) -> tuple[bytes, dict[
     """The header's bytes with its length, its entries, and the file's size; None where there is no reading it."""
     file = out / name
     try:
-        with file.open("rb") as stream:
+        with os.fdopen(open_ordinary(file), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             first = stream.read(8)
             length = int.from_bytes(first, "little")
@@ -284,7 +284,7 @@ def check_index(out: Path, manifest: Manifest, files: list[OutputFile], findings
     if len(files) < len(manifest.shards):
         return  # told already
     try:
-        found = _parsed(file.read_bytes())
+        found = _parsed(read_ordinary(file, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         findings.fail(file, f"cannot be read: {error}")
         return

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from .card import hub_place, model_name, recipe_without_places
 from .errors import PlanError
+from .ordinary import open_ordinary
 from .plan_file import COEFFICIENTS_FILE, PLAN_FILE, Input, Plan, TensorPlan
+from .verify_arrays import open_npy
 from .verify_cores import CoreFile, natural
 from .verify_files import MANIFEST, Manifest
+from .verify_numbers import Floats
 from .verify_results import Findings
 
 __all__ = ["check_chunks", "check_manifest", "find_plan", "open_cores", "read_coefficients"]
@@ -54,7 +57,7 @@ def find_plan(out: Path, manifest: Manifest, given: Path | None) -> Path:
 def _hash(file: Path) -> str:
     digest = xxhash.xxh3_128()
     try:
-        with file.open("rb") as stream:
+        with os.fdopen(open_ordinary(file), "rb") as stream:
             while block := stream.read(READ_BYTES):
                 digest.update(block)
     except OSError as error:
@@ -124,8 +127,8 @@ def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:
 # --- what lies beside plan.json ------------------------------------------------------------------
 
 
-def open_cores(plan: Plan, directory: Path, findings: Findings) -> dict[str, CoreFile]:
-    """The core file of each task; what cannot be used is told. To be closed."""
+def open_cores(plan: Plan, directory: Path, chunks: int, findings: Findings) -> dict[str, CoreFile]:
+    """The core file of each task, of so many chunks; what cannot be used is told. To be closed."""
     result = {}
     for number, task in enumerate(plan.tasks):
         try:
@@ -133,25 +136,23 @@ def open_cores(plan: Plan, directory: Path, findings: Findings) -> dict[str, Cor
                 raise PlanError(
                     f"{directory / PLAN_FILE}: tasks.{number}.core_file: {task.core_file!r} is not its name"
                 )
-            result[task.name] = CoreFile(directory / task.core_file, task.core_xxh3)
+            result[task.name] = CoreFile(directory / task.core_file, chunks, task.core_xxh3)
         except PlanError as error:
             place, _, problem = error.problems[0].partition(": ")
             findings.fail(place, problem)
     return result
 
 
-def read_coefficients(plan: Plan, directory: Path, findings: Findings) -> npt.NDArray[np.float32] | None:
-    """coefficients.npy, mapped: float32 [rows, members]; None where there is none, or none that fits."""
+def read_coefficients(plan: Plan, directory: Path, count: int, findings: Findings) -> Floats | None:
+    """coefficients.npy, mapped: float32 [count, members]; None where there is none, or none that fits."""
     if plan.coefficients_xxh3 is None:
         return None
     file = directory / COEFFICIENTS_FILE
     try:
-        rows: npt.NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        findings.fail(file, f"cannot be read: {error}")
-        return None
-    if rows.dtype != np.dtype("<f4") or rows.ndim != 2 or rows.shape[1] != len(plan.fold):
-        findings.fail(file, f"holds {rows.dtype} {list(rows.shape)}, not a float32 for each row and member")
+        rows = open_npy(file, "<f4", (count, len(plan.fold)))
+    except PlanError as error:
+        place, _, problem = error.problems[0].partition(": ")
+        findings.fail(place, problem)
         return None
     digest = xxhash.xxh3_128()
     for begin in range(0, len(rows), READ_BYTES // 4):
@@ -162,15 +163,15 @@ def read_coefficients(plan: Plan, directory: Path, findings: Findings) -> npt.ND
     return rows
 
 
-def check_chunks(plan: Plan, sizes: Mapping[str, tuple[int, int]], totals: tuple[int, int], findings: Findings) -> bool:
+def check_chunks(plan: Plan, file: Path, sizes: Mapping[str, tuple[int, int]], findings: Findings) -> bool:
     """Whether blended tensors, of so many (chunks, rows) each, share the plan's files without holes or overlaps.
 
-    `totals`: chunks in every core file, rows in coefficients.npy.
+    `file` is plan.json.
     """
     names = [tensor.name for tensor in plan.tensors]
     if names != sorted({*names}, key=natural):
-        findings.fail(PLAN_FILE, "its tensors are not in natural order, each once")
-    for key, number, total in (("first_chunk", 0, totals[0]), ("first_row", 1, totals[1])):
+        findings.fail(file, "its tensors are not in natural order, each once")
+    for number, key in enumerate(("first_chunk", "first_row")):
         if key == "first_row" and plan.coefficients_xxh3 is None:
             continue
         end = 0
@@ -178,14 +179,8 @@ def check_chunks(plan: Plan, sizes: Mapping[str, tuple[int, int]], totals: tuple
             if not sizes[tensor.name][number]:
                 continue
             if getattr(tensor, key) != end:
-                findings.fail(
-                    PLAN_FILE,
-                    f"its {key} is {getattr(tensor, key)}, and the tensor before it ends at {end}",
-                    tensor.name,
-                )
+                said = f"its {key} is {getattr(tensor, key)}, and the tensor before it ends at {end}"
+                findings.fail(file, said, tensor.name)
                 return False
             end += sizes[tensor.name][number]
-        if end != total:
-            findings.fail(PLAN_FILE, f"by its {key} its tensors end at {end}, the file at {total}")
-            return False
     return True

@@ -27,7 +27,17 @@ from .plan_file import PLAN_FILE, Plan
 from .stream import Workers, workers
 from .verify_cores import CoreFile, numbers_of, pools_of
 from .verify_elements import Look, Piece, Rules, Seen
-from .verify_files import Manifest, OutputFile, OutputTensor, check_files, check_index, read_manifest, sha256, weights
+from .verify_files import (
+    Manifest,
+    OutputFile,
+    OutputTensor,
+    check_files,
+    check_index,
+    is_inside,
+    read_manifest,
+    sha256,
+    weights,
+)
 from .verify_plan import check_chunks, check_manifest, find_plan, open_cores, read_coefficients
 from .verify_results import Counts, Findings, Verification
 from .verify_sources import CHUNK, PHASE, Job, Progress, chunks_of, jobs_of, open_inputs
@@ -118,7 +128,7 @@ def _compare_hashes(out: Path, manifest: Manifest, hashes: Mapping[str, str], fi
     agree = 0
     for name, described in manifest.shards.items():
         file = out / name
-        if not file.is_file() or file.stat().st_size != described.size:
+        if not is_inside(name) or not file.is_file() or file.stat().st_size != described.size:
             continue  # told already
         try:
             found = hashes[name] if name in hashes else sha256(file)
@@ -144,22 +154,21 @@ def _parts(output: Output, find: Locate, findings: Findings, stack: ExitStack) -
     """All of it; None where something is missing or does not fit, which is told."""
     plan = output.plan
     opened = open_inputs(plan, find, findings)
-    cores = open_cores(plan, output.plan_dir, findings)
-    for core in cores.values():
-        stack.enter_context(closing(core))
-    rows = read_coefficients(plan, output.plan_dir, findings)
-    if len(cores) < len(plan.tasks) or (rows is None) != (plan.coefficients_xxh3 is None):
-        return None
+    if len(opened) < len(plan.inputs):
+        return None  # nor need the shapes be true
     sizes = {}
     for tensor in plan.tensors:
         every = chunks_of(tensor.shape, plan.settings.granularity)
         sizes[tensor.name] = len(every), every[-1].stop // every[-1].row if every else 0
-    lengths = {core.chunks for core in cores.values()} or {0}
-    if len(lengths) > 1:
-        findings.fail(output.plan_dir / PLAN_FILE, "its core files have different numbers of chunks")
-        return None
-    whole = check_chunks(plan, sizes, (lengths.pop(), 0 if rows is None else len(rows)), findings)
-    return _Parts(opened, cores, rows) if whole and len(opened) == len(plan.inputs) else None
+    blended = [sizes[tensor.name] for tensor in plan.tensors if tensor.blend]
+    chunks, count = (sum(size[which] for size in blended) for which in (0, 1))
+    cores = open_cores(plan, output.plan_dir, chunks, findings)
+    for core in cores.values():
+        stack.enter_context(closing(core))
+    rows = read_coefficients(plan, output.plan_dir, count, findings)
+    whole = check_chunks(plan, output.plan_dir / PLAN_FILE, sizes, findings)
+    has_rows = (rows is None) == (plan.coefficients_xxh3 is None)
+    return _Parts(opened, cores, rows) if whole and has_rows and len(cores) == len(plan.tasks) else None
 
 
 @dataclass(frozen=True)
