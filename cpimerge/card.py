@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from .plain_text import code, plain_name
 from .plan_file import Plan
 from .references import HubModel, planned_place
 
@@ -55,15 +56,18 @@ def model_card(plan: Plan, library: str | None) -> str:
         tags=["merge", "cpimerge"],
     )
     actions = plan.actions
-    stages = "\n".join(f"{number}. {', '.join(stage)}" for number, stage in enumerate(plan.stages, 1))
-    tasks = "\n".join(f"- **{task.name}** (`{names[task.name]}`): {task.core:,} core elements" for task in plan.tasks)
+    base, backbone = names["base"], plain_name(plan.backbone)
+    stages = "\n".join(f"{number}. {', '.join(map(plain_name, stage))}" for number, stage in enumerate(plan.stages, 1))
+    tasks = "\n".join(
+        f"- **{plain_name(task.name)}** ({code(names[task.name])}): {task.core:,} core elements" for task in plan.tasks
+    )
     return f"""---
 {data.to_yaml()}
 ---
 
-# {names["base"]}, fused
+# {plain_name(base)}, fused
 
-Made from fine-tunes of `{names["base"]}` with cpimerge {plan.cpimerge}: each task's core parameters were transplanted,
+Made from fine-tunes of {code(base)} with cpimerge {plan.cpimerge}: each task's core parameters were transplanted,
 the rest was blended (core parameter isolation, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741)).
 
 ## Tasks
@@ -74,7 +78,7 @@ the rest was blended (core parameter isolation, [arXiv 2508.21741](https://arxiv
 
 {stages}
 
-Backbone: {plan.backbone}. Tensors: {actions["slerp"]} blended with slerp, {actions["lerp"]} with lerp alone,
+Backbone: {backbone}. Tensors: {actions["slerp"]} blended with slerp, {actions["lerp"]} with lerp alone,
 {actions["identical"]} identical everywhere, {actions["copy"]} not floating-point.
 {_recipe_section(plan)}"""
 

@@ -35,8 +35,9 @@ def plan_faults(plan: Plan) -> Iterator[str]:
         yield f"cpimerge: {shown(plan.cpimerge)} is no version"
     if len(plan.recipe) > MAX_RECIPE:
         yield f"recipe: longer than {MAX_RECIPE} characters"
-    if has_control(plan.chat_template or ""):
-        yield "chat_template: has control characters"
+    for key, text in (("recipe", plan.recipe), ("chat_template", plan.chat_template or "")):
+        if has_control(text):
+            yield f"{key}: has control characters"
     yield from _name_faults(plan)
     for entry in plan.inputs:
         yield from _input_faults(entry)

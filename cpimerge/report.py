@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .budget import format_size
 from .checkpoint import layer_of
+from .plain_text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,21 +41,7 @@ LISTED_PAIRS = 20
 HALF_PRECISION = ("BF16", "F16")
 Titled = tuple[Text, Table]
 WIDE = 10_000  # columns where nothing limits them
-MOST = 6000  # characters of a line: more than any path or name of a tensor has
 NARROW = 80  # columns at least: a table that a terminal wraps is better than numbers cut short
-
-
-def printable(text: object) -> str:
-    """`text` on one line, its control and other invisible characters escaped, cut where it is endless.
-
-    Names come from files, and so does much that stands in an error.
-    """
-    shown = str(text)
-    if len(shown) > MOST:
-        shown = f"{shown[: MOST // 2]} … {shown[-MOST // 2 :]}"
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in shown
-    )
 
 
 def render(renderables: Iterable[RenderableType], width: int | None, color: bool) -> str:
