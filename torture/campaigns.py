@@ -59,7 +59,6 @@ class Faults:
         self.trial = trial
         self.report = trial.scratch / "report"
         self.grave = trial.scratch / "grave"
-        self.names = self._names()
 
     def hit(self, fault: Fault, disk: str | None = None, seed: int = 0) -> None:
         """A run from the beginning that meets the fault, and one that goes on."""
@@ -78,14 +77,15 @@ class Faults:
         elif trial.refused(outcome, where := f"{os.strerror(fault.code)} at {where}"):
             trial.finish(where)
 
-    def _names(self) -> list[str]:
-        """The calls of an undisturbed run."""
-        self.trial.begin()
-        self.trial.forks.run(
-            self.trial.victim.arguments, prepare=lambda: self._arm(Fault(), None, 0), finish=self._list
-        )
-        names: list[str] = json.loads(self.report.read_text())
-        return names
+    @property
+    def names(self) -> list[str]:
+        """The calls of an undisturbed run, in order."""
+        if not self.trial.calls:
+            self.trial.begin()
+            unharmed = partial(self._arm, Fault(), None, 0)
+            self.trial.forks.run(self.trial.victim.arguments, prepare=unharmed, finish=self._list)
+            self.trial.calls = json.loads(self.report.read_text())
+        return self.trial.calls
 
     def _arm(self, fault: Fault, disk: str | None, seed: int) -> None:
         shutil.rmtree(self.grave, ignore_errors=True)

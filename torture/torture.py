@@ -26,16 +26,18 @@ from trials import Tally, Trial
 from victims import fingerprint, make_victims
 
 COLUMNS = ("runs", "kills", "points", "errors", "resumed", "started over", "were complete", "went well", "mismatches")
-SHORT = Extent(kills=12, commands=1, every=40, traced=0)
+SHORT = Extent(kills=8, commands=1, every=80, traced=0)
 
 
 def main() -> None:
     options = parse()
+    if sys.platform != "linux":
+        sys.exit("the torture needs Linux: it looks into /proc")
     calls.install()  # before cpimerge is imported, and keeps functions of the system's
     scratch = Path(tempfile.mkdtemp(prefix="cpimerge-torture-", dir=options.directory))
     try:
         extent = SHORT if options.short else Extent(options.kills, options.commands, options.every, options.traced)
-        tallies = torture(scratch, extent, options.seed, options.only or [*CAMPAIGNS])
+        tallies = torture(scratch, extent, options)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -47,12 +49,16 @@ def main() -> None:
     shutil.rmtree(scratch)
 
 
-def torture(scratch: Path, extent: Extent, seed: int, names: Sequence[str]) -> Mapping[str, Tally]:
-    """Campaigns by name against every victim; what each has counted."""
+def torture(scratch: Path, extent: Extent, options: argparse.Namespace) -> Mapping[str, Tally]:
+    """Campaigns by name against victims; what each has counted."""
     root = scratch / "models"
     for directory in (root, scratch / "evidence"):
         directory.mkdir()
-    victims = make_victims(root, seed, must_run)
+    victims = [
+        victim
+        for victim in make_victims(root, options.seed, must_run)
+        if not options.victim or victim.name in options.victim
+    ]
     make_steps_small()
     for victim in victims:
         victim.prepare()
@@ -60,12 +66,14 @@ def torture(scratch: Path, extent: Extent, seed: int, names: Sequence[str]) -> M
     calls.watch_fallocate()
     settle()
     forks = Forks(scratch / "forks")
-    tallies = {name: Tally() for name in names}
+    tallies = {name: Tally() for name in options.only or CAMPAIGNS}
     for place, victim in enumerate(victims):
+        trial = Trial(victim, forks, scratch, lambda: fingerprint(root))
         for name, tally in tallies.items():
             begin = time.monotonic()
-            trial = Trial(victim, forks, scratch, lambda: fingerprint(root))
-            CAMPAIGNS[name](trial, extent.share(place, len(victims)), random.Random(f"{seed} {name} {victim.name}"))
+            trial.tally = Tally()
+            rng = random.Random(f"{options.seed} {name} {victim.name}")
+            CAMPAIGNS[name](trial, extent.share(place, len(victims)), rng)
             tally.add(trial.tally)
             print(f"{victim.name}: {name}: {counted(trial.tally)} in {time.monotonic() - begin:.0f} s", flush=True)
     return tallies
@@ -117,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--traced", type=int, default=300, help="points that strace hits (default: 300)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=CAMPAIGNS, help="this campaign; may be given again")
+    parser.add_argument("--victim", action="append", help="this command, as the output calls it; may be given again")
     parser.add_argument("--short", action="store_true", help="a sample of everything, in seconds")
     parser.add_argument("--directory", type=Path, help="where to work; default: the system's temporary directory")
     return parser.parse_args()

@@ -43,6 +43,7 @@ class Trial:
         self.inputs = inputs
         self.untouched = inputs()
         self.tally = Tally()
+        self.calls: list[str] = []  # of an undisturbed run, once somebody has looked
         self.before = None if victim.before is None else tree(victim.before)
         self.after: Tree = {}
         self.seconds = 0.0
