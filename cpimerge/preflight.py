@@ -24,6 +24,7 @@ from .depths import positions, side_problems, slice_problems
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
 from .hub_files import is_tokenizer
 from .models import Locate, locate, open_model
+from .plain_text import printable
 from .plan_file import Vocabulary
 from .quantized import quantization, refused, stale_config
 from .recipe import Recipe, Setting, Task, matches
@@ -156,7 +157,7 @@ def check(recipe: Recipe, find: Locate = locate) -> Inputs:
         names=tuple(checkpoints),
         checkpoints=tuple(checkpoints.values()),
         tensors=tensors,
-        notes=tuple(findings.notes),
+        notes=tuple(map(printable, findings.notes)),  # what they quote may be no text that a file can hold
         chat_template=template,
         vocabulary=settled.vocabulary,
     )
