@@ -26,7 +26,7 @@ from .verify_arrays import open_npy
 from .verify_elements import Seen
 from .verify_results import Findings
 
-__all__ = ["CoreFile", "Numbers", "Pool", "natural", "numbers_of", "pools_of", "positions_in"]
+__all__ = ["CoreFile", "Numbers", "Pool", "RecipeNumbers", "natural", "numbers_of", "pools_of", "positions_in"]
 
 WITHOUT_RUNS, WITH_RUNS = 12346, 12347  # the format's cookies
 CONTAINER = 1 << 16  # elements
@@ -156,7 +156,15 @@ class Numbers:
     t: tuple[Fraction | None, ...]
 
 
-def numbers_of(plan: Plan, findings: Findings, file: Path) -> dict[str, Numbers] | None:
+@dataclass(frozen=True)
+class RecipeNumbers:
+    """The recipe of a plan, and what it says of each tensor."""
+
+    recipe: Recipe
+    of: Mapping[str, Numbers]
+
+
+def numbers_of(plan: Plan, findings: Findings, file: Path) -> RecipeNumbers | None:
     """What the plan's recipe says of each tensor; None where it has no recipe that can be read, which is told."""
     from .depths import positions
     from .recipe import matches
@@ -182,7 +190,7 @@ def numbers_of(plan: Plan, findings: Findings, file: Path) -> dict[str, Numbers]
             t=tuple(recipe.t_of(task, *where) for task in recipe.tasks),
         )
     _compare_settings(plan, recipe, findings, file)
-    return result
+    return RecipeNumbers(recipe, result)
 
 
 def _recipe_of(plan: Plan) -> Recipe | None:
@@ -287,13 +295,13 @@ class Pool:
             )
 
 
-def pools_of(plan: Plan, numbers: Mapping[str, Numbers] | None, findings: Findings, file: Path) -> list[Pool]:
+def pools_of(plan: Plan, numbers: RecipeNumbers | None, findings: Findings, file: Path) -> list[Pool]:
     """Tensors by the budget they share; those that have none are alone."""
     grouped: dict[tuple[str, str], list[TensorPlan]] = {}
     for tensor in sorted(plan.tensors, key=lambda tensor: natural(tensor.name)):
         if not tensor.tasks:
             continue
-        eligible = tensor.claimed > 0 if numbers is None else numbers[tensor.name].eligible
+        eligible = tensor.claimed > 0 if numbers is None else numbers.of[tensor.name].eligible
         shared = str(plan.settings.scope) if eligible else "none"
         key = {"tensor": tensor.name, "none": tensor.name, "layer": layer_of(tensor.name), "global": ""}[shared]
         grouped.setdefault((shared, key), []).append(tensor)
@@ -303,8 +311,8 @@ def pools_of(plan: Plan, numbers: Mapping[str, Numbers] | None, findings: Findin
         name = {"layer": f"layer {key!r}" if key else "the tensors outside the layers", "global": "the model"}.get(
             shared
         )
-        density = None if numbers is None else numbers[tensors[0].name].density
-        if numbers is not None and any(numbers[tensor.name].density != density for tensor in tensors):
+        density = None if numbers is None else numbers.of[tensors[0].name].density
+        if numbers is not None and any(numbers.of[tensor.name].density != density for tensor in tensors):
             findings.fail(file, f"the densities in its recipe differ within {name}")
         eligible = shared != "none" or numbers is None
         result.append(Pool(name or "", tensors, eligible, density, list(nothing), list(nothing)))

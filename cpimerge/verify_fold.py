@@ -1,20 +1,43 @@
-"""Coefficients from Gram matrices once more: METHOD §3's fold on all rows at once, in numpy."""
+"""Stages from overlaps and coefficients from Gram matrices once more: METHOD §2, and §3's fold on all rows at once."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TOLERANCE", "deviation", "folded", "omegas"]
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+__all__ = ["TOLERANCE", "deviation", "folded", "omegas", "stages_of"]
 
 TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
 EPSILON = 5e-4
 CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
 
 Doubles = npt.NDArray[np.float64]
+
+
+def stages_of(recipe: Recipe, names: Sequence[str], pairs: npt.NDArray[np.int64]) -> list[list[str]]:
+    """METHOD §2: the recipe's stages, or groups of tasks whose cores overlap enough. `pairs` [T, T]: in both."""
+    if recipe.stages is not None:
+        return [list(stage) for stage in recipe.stages]
+    group = list(range(len(names)))
+    for _ in names:  # the smallest number of a group travels one edge a round
+        for a, b in combinations(range(len(names)), 2):
+            union = int(pairs[a, a] + pairs[b, b] - pairs[a, b])
+            if Fraction(int(pairs[a, b]), max(1, union)) >= recipe.tau:
+                group[a] = group[b] = min(group[a], group[b])
+    found = [[name for name, its in zip(names, group, strict=True) if its == first] for first in sorted({*group})]
+    if recipe.order == "recipe":
+        return found
+    numbers = random.Random(recipe.order)
+    return [stage for _, stage in sorted((numbers.random(), stage) for stage in found)]
 
 
 def omegas(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[float]:

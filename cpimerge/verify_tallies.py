@@ -16,9 +16,9 @@ import numpy.typing as npt
 from .checkpoint import Checkpoint, layer_of
 from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
-from .verify_cores import Numbers, Pool
+from .verify_cores import Pool, RecipeNumbers
 from .verify_elements import Fault, Seen
-from .verify_fold import TOLERANCE, deviation, folded, omegas
+from .verify_fold import TOLERANCE, deviation, folded, omegas, stages_of
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
 
@@ -56,7 +56,7 @@ class Tallies:
     def __init__(
         self,
         plan: Plan,
-        numbers: Mapping[str, Numbers] | None,
+        numbers: RecipeNumbers | None,
         pools: Sequence[Pool],
         files: Mapping[str, Path],
     ) -> None:
@@ -137,7 +137,7 @@ class Tallies:
 
     def _omegas(self, name: str) -> list[float]:
         assert self.numbers is not None
-        numbers, tasks = self.numbers[name], [task.name for task in self.plan.tasks]
+        numbers, tasks = self.numbers.of[name], [task.name for task in self.plan.tasks]
         places = [tasks.index(member) if member in tasks else None for member in self.plan.fold]
         weights = [Fraction(1) if place is None else numbers.weight[place] for place in places]
         return omegas(weights, [None if place is None else numbers.t[place] for place in places])
@@ -250,10 +250,11 @@ class Tallies:
             )
         layers: dict[str, Any] = {}
         for tally in floats:
-            if self.numbers is None or self.numbers[tally.planned.name].eligible:
+            if self.numbers is None or self.numbers.of[tally.planned.name].eligible:
                 name = layer_of(tally.planned.name)
                 layers[name] = layers.get(name, 0) + tally.pairs
         self._pairs(pairs, layers, findings, file)
+        self._order(pairs, findings, file)
 
     def _pairs(self, pairs: Any, layers: Mapping[str, Any], findings: Findings, file: Path) -> None:
         names = [task.name for task in self.plan.tasks]
@@ -279,11 +280,25 @@ class Tallies:
                 file,
             )
 
+    def _order(self, pairs: Any, findings: Findings, file: Path) -> None:
+        """A note where stages, backbone or the order of the fold are not what recipe and cores give."""
+        if self.numbers is None:
+            return
+        recipe, plan = self.numbers.recipe, self.plan
+        stages = stages_of(recipe, self._names, pairs)
+        backbone = recipe.backbone if isinstance(recipe.backbone, str) else "backbone"
+        backbone = stages[-1][-1] if backbone == "last" else backbone
+        fold = [backbone, *(task for stage in stages for task in stage if task != backbone)]
+        for key, expected in (("stages", stages), ("backbone", backbone), ("fold", fold)):
+            if getattr(plan, key) != expected:
+                findings.notes.append(f"{file}: its {key} are not those that recipe and cores give: edited by hand?")
+                return
+
     def _chance(self, a: int, b: int) -> Fraction:
         """The Jaccard index that independent cores of these densities would have."""
         assert self.numbers is not None
         both = either = Fraction(0)
-        for name, numbers in self.numbers.items():
+        for name, numbers in self.numbers.of.items():
             if numbers.eligible:
                 p, q, n = numbers.density[a], numbers.density[b], self._planned[name].output.elements
                 both += n * p * q

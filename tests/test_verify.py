@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -18,6 +19,7 @@ import torch
 import vocabularies
 from adapters import llama, train
 from checkpoints import cases, save, settings, write_case, write_recipe
+from hub_server import Hub
 from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -192,6 +194,25 @@ def test_pickled_tied_and_buffers(tmp_path: Path) -> None:
     check(tmp_path, simple(tmp_path, "a", "b"))
 
 
+def test_models_of_the_hub(published: Path, hub: Hub, tmp_path: Path) -> None:
+    """Streamed as for the merge, or told to be absent."""
+    cpimerge.plan(published, tmp_path / "plan", download="stream", **LIMITS)
+    cpimerge.fuse(tmp_path / "plan", tmp_path / "out", download="stream", **LIMITS)
+    found = cpimerge.verify(tmp_path / "out", download="stream", **LIMITS)
+    assert (found.failures, found.notes) == ((), ())
+    assert cpimerge.verify(tmp_path / "out", download="stream", sample="1%", **LIMITS).ok
+    assert cpimerge.verify_inputs(tmp_path / "plan", download="stream", **LIMITS).ok
+    asked = len(hub.requests)
+    absent = cpimerge.verify(tmp_path / "out", **LIMITS)
+    assert {failure.file for failure in absent.failures} == {"input 'base'", "input 'task0'", "input 'task1'"}
+    assert absent.files == found.files  # which need no inputs
+    assert absent.notes == ("the elements were not compared, for want of what is told as wrong",)
+    assert [failure.file for failure in cpimerge.verify_inputs(tmp_path / "plan", **LIMITS).failures] == [
+        failure.file for failure in absent.failures
+    ]
+    assert len(hub.requests) == asked
+
+
 def test_a_recipe_that_is_not_found_again(tmp_path: Path) -> None:
     """What a recipe's paths mean depends on where it was: a model called `.`, the base among the models."""
     case = fine_tunes(["a", "b"])
@@ -245,7 +266,13 @@ def _dtype(raw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "noted"),
-    [(_coefficients, EDITED), (_stages, ""), (_conflict, "conflict is mean"), (_space, "space is delta"), (_dtype, "")],
+    [
+        (_coefficients, EDITED),
+        (_stages, "its stages are not those"),
+        (_conflict, "conflict is mean"),
+        (_space, "space is delta"),
+        (_dtype, ""),
+    ],
 )
 def test_a_plan_edited_before_it_was_fused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], noted: str
@@ -327,6 +354,17 @@ def test_progress_ends_at_its_total(made: Path) -> None:
         done = [done for _, done, _ in calls]
         assert done == sorted(done)
         assert done[-1] == read
+
+
+def test_what_progress_raises_ends_the_run(made: Path) -> None:
+    def stop(phase: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    for verify, place in ((cpimerge.verify, "out"), (cpimerge.verify_inputs, "plan")):
+        with pytest.raises(KeyboardInterrupt):
+            verify(made / place, progress=stop, threads=2)
+    assert threading.active_count() == threads
 
 
 def test_results_are_json(made: Path) -> None:

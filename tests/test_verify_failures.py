@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -247,6 +248,24 @@ def test_what_is_missing(home: Path) -> None:
     assert (first.name, "missing") in told
     assert ("config.json", "missing") in told
     assert any(name == second.name and "bytes" in problem for name, problem in told)
+
+
+def test_pipes_are_not_waited_for(home: Path) -> None:
+    """In the place of any file of the output or the plan."""
+    every = [*(home / "out").iterdir(), home / "plan" / "cores" / "00.roaring", home / "plan" / "plan.json"]
+    for file in every:
+        raw = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        failures: tuple[object, ...] = ()
+        try:
+            failures = cpimerge.verify(home / "out", home / "plan", **LIMITS).failures
+        except cpimerge.CpimergeError as error:
+            failures = error.problems
+        assert any(str(file) in str(failure) for failure in failures)
+        file.unlink()
+        file.write_bytes(raw)
+    assert verify(home).ok
 
 
 def test_names_that_lead_out(home: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -17,13 +18,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pyroaring import BitMap
 
-from cpimerge import verify_sources
+from cpimerge import PlanError, verify_sources
+from cpimerge.recipe import parse_recipe
+from cpimerge.verify_arrays import open_npy
 from cpimerge.verify_cores import natural, positions_in
 from cpimerge.verify_files import sha256
-from cpimerge.verify_fold import deviation, folded, omegas
+from cpimerge.verify_fold import deviation, folded, omegas, stages_of
 from cpimerge.verify_numbers import half_units, nonfinite, rounded, shown, values_of
 from cpimerge.verify_results import parse_share
 
+ORDERS: list[str | int] = ["recipe", 0, 7]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 bits32 = arrays.arrays(np.uint32, st.integers(0, 50))
 EDGES = np.array(
@@ -134,6 +138,52 @@ def test_no_bitmap(raw: bytes) -> None:
         positions_in(raw)
 
 
+# --- arrays -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("descr", "shape"), [("<u8", (3,)), ("<f4", (4, 2)), ("<f4", (0, 2)), ("<u8", (1,))])
+def test_arrays(tmp_path: Path, descr: str, shape: tuple[int, ...]) -> None:
+    wanted = np.arange(prod(shape)).astype(descr).reshape(shape)
+    np.save(tmp_path / "x.npy", wanted)
+    found = open_npy(tmp_path / "x.npy", descr, shape)
+    assert (found.dtype, found.tolist()) == (wanted.dtype, wanted.tolist())
+
+
+ARRAY = np.arange(3, dtype="<u8")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(ARRAY[:2], ARRAY.astype("<i8"), ARRAY.astype(">u8"), ARRAY.reshape(3, 1), np.asfortranarray(np.eye(3))),
+        np.array([{}, {}, {}], object),
+    ],
+)
+def test_other_arrays(tmp_path: Path, wrong: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
+    np.save(tmp_path / "x.npy", wrong)
+    with pytest.raises(PlanError, match=r"x\.npy: is not an array of uint64 \[3\], as plan\.json wants it"):
+        open_npy(tmp_path / "x.npy", "<u8", (3,))
+
+
+@given(st.data())
+def test_what_is_no_array_is_one_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Cut short, or with other bytes in its header: the array that was meant, or an error."""
+    file = tmp_path_factory.mktemp("array") / "x.npy"
+    np.save(file, ARRAY)
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
+    file.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    with contextlib.suppress(PlanError):
+        assert open_npy(file, "<u8", (3,)).tolist() == [0, 1, 2]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.npy")
+    with pytest.raises(PlanError, match=r"x\.npy: cannot be read: is no ordinary file"):
+        open_npy(tmp_path / "x.npy", "<u8", (3,))
+
+
 # --- folds ------------------------------------------------------------------------------------------
 
 
@@ -163,6 +213,23 @@ def test_shares_of_the_weights() -> None:
     assert omegas([no, no, one], [None, None, None]) == [0.0, 1.0]
     assert omegas([one, one, one], [Fraction(1, 4), Fraction(3, 4), None]) == [0.75, 1 / 3]
     assert omegas([one], [None]) == []
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 12)), min_size=1, max_size=5), st.sampled_from(["0", "0.2", "0.5", "1"]), st.data()
+)
+def test_stages_are_the_references(cores: list[set[int]], tau: str, data: st.DataObject) -> None:
+    names = [f"t{number}" for number in range(len(cores))]
+    order: str | int = data.draw(st.sampled_from(ORDERS))
+    stages = data.draw(st.sampled_from([None, [[name] for name in reversed(names)]]))
+    said = f"stages: {stages}" if stages else "order: recipe" if order == "recipe" else f"order: {{seed: {order}}}"
+    models = "".join(f"\n  - {{model: ./{name}}}" for name in names)
+    text = f"merge_method: cpi\nbase_model: ./base\nmodels:{models}\nparameters: {{tau: {tau}, {said}}}\n"
+    pairs = np.array([[len(a & b) for b in cores] for a in cores])
+    by_name = {name: {"w": sorted(core)} for name, core in zip(names, cores, strict=True)}
+    groups = reference.groups(names, reference.jaccard(by_name, ["w"]), Fraction(tau))
+    expected = reference.stages(groups, reference.Settings(order=order, stages=stages))
+    assert stages_of(parse_recipe(text, None, Path("/")), names, pairs) == expected
 
 
 def test_how_far_coefficients_are_off() -> None:
