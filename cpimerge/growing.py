@@ -76,11 +76,17 @@ class GrowingFile:
 
     def holds(self, size: int, xxh3: str) -> bool:
         """Whether the file's first `size` bytes have this xxh3-128, in hex."""
-        return os.fstat(self._handle).st_size >= size and self.digest(size).hexdigest() == xxh3
+        before = self._hashed
+        if os.fstat(self._handle).st_size >= size and self.digest(size).hexdigest() == xxh3:
+            return True
+        self._hashed = before
+        return False
 
     def go_on(self, size: int) -> None:
         """Append behind the first `size` bytes, which are an earlier run's."""
         self._written = size
+        if self._hashed[0] > size:  # what comes behind these will be other bytes
+            self._hashed = 0, xxhash.xxh3_128()
 
     def finish(self) -> None:
         """Give the file the size of what was appended, and the rest of its space back."""

@@ -151,19 +151,23 @@ def begun_of(records: Iterable[ScanRecord], blocks: Iterable[Block], member: int
     """
     blocks = list(blocks)
     chunks = [(block.spec, chunk) for block in blocks for chunk in block.chunks]
-    bounds, known = None, list[Scanned]()
+    bracket, bounds, known = None, None, list[Scanned]()
     with suppress(ValueError, OverflowError):
         for record in records:
             if record.first == 0:
-                bounds, known = (record.low, record.high), []
+                bracket, bounds, known = _bracket(record), (record.low, record.high), []
             if bounds != (record.low, record.high) or record.first > len(known):
                 break
             known[record.first :] = _scanned(record, chunks[record.first :], member)
-    if bounds is None:
+    if bracket is None:
         return None
     ends = [0, *accumulate(len(block.chunks) for block in blocks)]
-    low, high = (np.array(side, np.uint32) for side in bounds)
-    return Begun(Bracket(low, high), known[: ends[bisect_right(ends, len(known)) - 1]])
+    return Begun(bracket, known[: ends[bisect_right(ends, len(known)) - 1]])
+
+
+def _bracket(record: ScanRecord) -> Bracket:
+    """Raises OverflowError where these are no magnitudes."""
+    return Bracket(np.array(record.low, np.uint32), np.array(record.high, np.uint32))
 
 
 def _scanned(record: ScanRecord, chunks: Sequence[tuple[TensorSpec, Chunk]], member: int) -> list[Scanned]:

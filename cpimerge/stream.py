@@ -205,9 +205,8 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)  # nothing that they use may be closed under them
+            running = [future for future in pending if not future.cancel()]
+            wait(running)  # nothing that they use may be closed under them
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
