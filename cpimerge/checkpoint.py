@@ -21,7 +21,7 @@ import xxhash
 
 from .errors import CheckpointError
 from .ordinary import read_ordinary
-from .plain_json import is_deep, parse_object, shown
+from .plain_json import is_deep, parse_object, says_minus_zero, shown
 
 if TYPE_CHECKING:
     from .ties import Twins
@@ -266,7 +266,7 @@ def read_header(file: Path, size: int | None = None) -> Shard:
             raise CheckpointError(f"{file}: header of {length} bytes; the format allows {MAX_HEADER_BYTES}. {AGAIN}")
         raw = stream.read(length)
     entries = _parse_object(file, raw)
-    problems: list[str] = []
+    problems: list[str] = [f"{file}: -0 is not a size. {AGAIN}"] if says_minus_zero(raw) else []
     if not _is_metadata(entries.pop("__metadata__", None)):
         problems.append(f"{file}: '__metadata__' must map text to text. {AGAIN}")
     infos = [info for name, entry in entries.items() if (info := _entry(file, name, entry, 8 + length, problems))]

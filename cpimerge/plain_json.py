@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import Any
 
-__all__ = ["is_deep", "is_writable", "json_bytes", "parse_object", "shown"]
+__all__ = ["is_deep", "is_writable", "json_bytes", "parse_object", "says_minus_zero", "shown"]
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or one of both halves
 MAX_DEPTH = 64  # of small files; what is deeper cannot be walked through, or written again, for sure
@@ -61,6 +61,14 @@ def json_bytes(value: Any) -> bytes:
         return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def says_minus_zero(raw: bytes) -> bool:
+    """Whether `raw`, which parses, has the number -0 somewhere: 0 to Python, a fraction to other readers."""
+    found: set[bool] = set()
+    if b"-0" in raw:
+        json.loads(raw, parse_int=lambda text: found.add(text == "-0"))
+    return True in found
 
 
 def shown(value: Any) -> str:

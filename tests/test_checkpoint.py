@@ -338,3 +338,14 @@ def test_other_files_have_no_sha256(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     assert read_header(tmp_path / name).sha256 is None
     assert read_header(tmp_path / "model.safetensors").sha256 is None
+
+
+@pytest.mark.parametrize("place", ["shape", "data_offsets"])
+def test_minus_zero_is_no_size(place: str, tmp_path: Path) -> None:
+    header = '{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"__metadata__":{"note":"-0"}}'
+    file = write_raw(tmp_path / "model.safetensors", header)
+    assert [info.shape for info in read_header(file).tensors] == [(0,)]
+    write_raw(file, header.replace(f'"{place}":[0', f'"{place}":[-0'))
+    with pytest.raises(CheckpointError, match="-0 is not a size"):
+        read_header(file)
+    assert not accepts(file)
