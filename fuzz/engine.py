@@ -7,11 +7,11 @@ what ends the process (a time limit, memory, a crash of native code) ends it.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from random import Random
@@ -44,6 +44,7 @@ class _Engine:
         self.findings = findings
         self.known: set[str] = set()
         self.accepted = 0
+        self.told = time.monotonic()
 
     def one(self, data: bytes) -> None:
         """Called by libFuzzer for each input."""
@@ -54,6 +55,9 @@ class _Engine:
                 self.accepted += run_checked(self.target, self.run, data, self.scratch)
         except Exception as error:
             self._keep(data, error)
+        if time.monotonic() > self.told + 1:  # libFuzzer ends the process without a word from Python
+            self.told = time.monotonic()
+            print(f"stat::accepted: {self.accepted}", file=sys.stderr)
 
     def _keep(self, data: bytes, error: Exception) -> None:
         frames = traceback.extract_tb(error.__traceback__)
@@ -79,6 +83,14 @@ class _Engine:
         return self.target.mutate(bytes(data), random, havoc)[:max_size]
 
 
+def _dictionary(target: Target, scratch: Path) -> Path:
+    """The target's words as libFuzzer takes them."""
+    file = scratch / "words.dict"
+    words = (word.encode("utf-8", "surrogatepass")[:60] for word in target.words)
+    file.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in words if word))
+    return file
+
+
 def main() -> None:
     """Never returns: libFuzzer ends the process."""
     name, findings, seeds, *options = sys.argv[1:]
@@ -90,8 +102,8 @@ def main() -> None:
         for label, seed in target.seeds().items():
             Path(seeds, label).write_bytes(seed)
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-        atexit.register(lambda: print(f"stat::accepted: {engine.accepted}", file=sys.stderr))
-        atheris.Setup([sys.argv[0], f"-max_len={target.max_bytes}", *options], engine.one, custom_mutator=engine.mutate)
+        options += [f"-max_len={target.max_bytes}", f"-dict={_dictionary(target, scratch)}"]
+        atheris.Setup([sys.argv[0], *options], engine.one, custom_mutator=engine.mutate)
         atheris.Fuzz()
 
 
