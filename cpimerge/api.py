@@ -67,11 +67,11 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
     Returns what `plan.json` holds. Raises a `CpimergeError` listing every problem, before any tensor is read where
     headers show it. `out` appears when all of it is on disk.
     """
-    from .staging import Target
+    from .staging import Target, Watch
 
     target = Target(Path(out), force, restart)
     with _checked(recipe, target, download, progress) as (inputs, _):
-        return _plan(inputs, target, (threads, memory), _watch(progress, resumed), announce)
+        return _plan(inputs, target, (threads, memory), Watch(progress, resumed), announce)
 
 
 def estimate(
@@ -149,12 +149,6 @@ def _plan(  # the inputs are checked, and `out` is free
     return planning.make_plan(inputs, target, budget, watch)
 
 
-def _watch(progress: Progress, resumed: Resumed) -> Watch:
-    from .staging import Watch
-
-    return Watch(progress, resumed)
-
-
 def _fuse(plan: Plan, plan_dir: Path, target: Target, limits: Limits, watch: Watch, find: Locate) -> dict[str, Any]:
     from . import fusion
     from .budget import Budget
@@ -190,7 +184,7 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
     then.
     """
     from .plan_file import Plan
-    from .staging import Target, check_target
+    from .staging import Target, Watch, check_target
     from .writer import shard_limit
 
     target = Target(Path(out), force, restart, shard_limit(shard_size))
@@ -201,7 +195,7 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
         check_target(target.directory, force, [Path(plan_dir)])  # before anything is fetched
     references = [(entry.name, entry.reference) for entry in loaded.inputs]
     with finding(references, target.directory, download, progress) as find:
-        return _fuse(loaded, Path(plan_dir), target, (threads, memory), _watch(progress, resumed), find)
+        return _fuse(loaded, Path(plan_dir), target, (threads, memory), Watch(progress, resumed), find)
 
 
 def merge(  # noqa: PLR0913 - all but two are keywords with a default
@@ -225,7 +219,7 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
     """
     from .companions import read_manifest
     from .identity import merge_work
-    from .staging import Target, forget, is_published, resumable_directory, staged_bytes
+    from .staging import Target, Watch, forget, is_published, resumable_directory, staged_bytes
     from .writer import shard_limit
 
     goal = Path(out).expanduser().absolute()
@@ -245,7 +239,7 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
             if is_published(merged):
                 manifest = read_manifest(goal)
             else:
-                limits, watch = (threads, memory), _watch(progress, resumed)
+                limits, watch = (threads, memory), Watch(progress, resumed)
                 plan_target = Target(directory / "plan", force=True, keep_journal=True)
                 plan = _plan(inputs, plan_target, limits, watch, check_disk)
                 planned(plan)

@@ -28,10 +28,11 @@ from .kernels.mixing import Mix, blend
 from .models import Locate, locate, open_model
 from .needs import check_disk
 from .pieces import FETCH_BYTES
+from .places import remove
 from .plan_arrays import chunks_of, open_coefficients
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
 from .quantized import refused
-from .staging import Staging, Target, Watch, Work, remove, staged_bytes, staged_directory
+from .staging import Staging, Target, Watch, Work, staged_bytes, staged_directory
 from .stream import (
     EXPONENT,
     Bytes,

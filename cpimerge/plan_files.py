@@ -13,9 +13,10 @@ from .cores import CoreWriter
 from .disk import flush
 from .folding import GramSpool
 from .passes import Settled
+from .places import remove
 from .plan_checks import core_file
 from .shelf import Shelf
-from .staging import Staging, remove
+from .staging import Staging
 
 __all__ = ["Mark", "PlanFiles", "Room", "remove_scratch"]
 

@@ -13,7 +13,6 @@ touched until somebody says so.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from . import __version__
 from .disk import flush, held_bytes
 from .errors import ChangedInputError, IncompatibleError, OutputError, PlanError
 from .journal import Journal, Record
+from .places import beside, is_directory, locked, output_errors, real_path, remove
 from .writer import MAX_SHARD_BYTES
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "forget",
     "is_published",
     "private_directory",
-    "remove",
     "resumable_directory",
     "staged_bytes",
     "staged_directory",
@@ -124,28 +123,28 @@ def staged_directory(target: Target, inputs: Iterable[Path], work: Work) -> Iter
     """
     inputs = tuple(inputs)
     check_target(target.directory, target.force, inputs)
-    real = _real(target.directory)
-    with _output_errors(target.directory), _locked(real):
+    real = real_path(target.directory)
+    with output_errors(target.directory), locked(real):
         _restore_replaced(real)
         with _opened(real, target, work) as staging:
             if not staging.is_published:
                 check_target(target.directory, target.force, inputs)
-            with _output_errors(target.directory):
+            with output_errors(target.directory):
                 yield staging
             if not staging.is_published:
                 check_target(target.directory, target.force, inputs)  # much may have happened since
                 _publish(staging.files, real)
         if not target.keep_journal:
-            shutil.rmtree(_beside(real, "partial"), ignore_errors=True)
+            shutil.rmtree(beside(real, "partial"), ignore_errors=True)
 
 
 @contextmanager
 def _opened(real: Path, target: Target, work: Work) -> Iterator[Staging]:
     """The staging directory: new, or what an earlier run of this work left."""
-    root = _beside(real, "partial")
+    root = beside(real, "partial")
     done = [] if target.restart else _left_over(root, target.directory, work)
     is_published = bool(done) and _was_published(root, real)
-    if not is_published and (len(done) < 2 or not _is_directory(_files(root))):
+    if not is_published and (len(done) < 2 or not is_directory(_files(root))):
         remove(root)
         done = []
         _files(root).mkdir(parents=True)
@@ -173,7 +172,7 @@ def _left_over(root: Path, target: Path, work: Work) -> list[Record]:
 
     Raises OutputError where it was other work, of which something was done.
     """
-    if not _is_directory(root) or not (root / "journal").is_file() or (root / "journal").is_symlink():
+    if not is_directory(root) or not (root / "journal").is_file() or (root / "journal").is_symlink():
         return []
     journal = Journal(root / "journal")
     journal.close()
@@ -223,23 +222,23 @@ def is_published(target: Target) -> bool:
 
     Such a run leaves its journal, which `forget` deletes.
     """
-    real = _real(target.directory)
-    root = _beside(real, "partial")
-    with _output_errors(target.directory):
+    real = real_path(target.directory)
+    root = beside(real, "partial")
+    with output_errors(target.directory):
         left = [] if target.restart or not target.work else _left_over(root, target.directory, target.work)
         return bool(left) and _was_published(root, real)
 
 
 def forget(target: Path) -> None:
     """Delete what a run with `keep_journal` left beside its target."""
-    shutil.rmtree(_beside(_real(target), "partial"), ignore_errors=True)
+    shutil.rmtree(beside(real_path(target), "partial"), ignore_errors=True)
 
 
 def staged_bytes(target: Path) -> int:
     """What an earlier run holds of the disk for this target. Raises OutputError."""
-    real = _real(target)
-    root = _beside(real, "partial")
-    with _output_errors(target):
+    real = real_path(target)
+    root = beside(real, "partial")
+    with output_errors(target):
         return held_bytes(root) + (held_bytes(real) if _was_published(root, real) else 0)
 
 
@@ -282,23 +281,23 @@ def resumable_directory(target: Target, suffix: str) -> Iterator[Path]:
 @contextmanager
 def _beside_target(target: Path, suffix: str) -> Iterator[Path]:
     """The place of a hidden directory in the nearest parent of `target` that is there, locked."""
-    real = _real(target)
+    real = real_path(target)
     parent = next(place for place in real.parents if place.is_dir())
     directory = parent / f".{real.name}{suffix}"
-    with _output_errors(directory), _locked(directory):
+    with output_errors(directory), locked(directory):
         yield directory
 
 
 def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     """Raise OutputError where `target` must not be written: it holds files or an input, or an input holds it."""
-    real, inputs = _real(target), tuple(inputs)
+    real, inputs = real_path(target), tuple(inputs)
     for path in (*inputs, Path.cwd()):
-        if _real(path).is_relative_to(real):
+        if real_path(path).is_relative_to(real):
             raise OutputError(f"{target}: holds {path}, which would be lost. Give another output directory")
     for path in inputs:
-        if real.is_relative_to(_real(path)):
+        if real.is_relative_to(real_path(path)):
             raise OutputError(f"{target}: lies in {path}, which is an input. Give a directory outside of it")
-    with _output_errors(target):
+    with output_errors(target):
         room = MAX_NAME - ADDED_TO_NAMES
         if len(os.fsencode(real.name)) > room:
             raise OutputError(f"{target}: its name is too long: {room} bytes at most. Give another output directory")
@@ -307,71 +306,8 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
             raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
         if os.path.ismount(real):
             raise OutputError(f"{target}: is a mount point, which cannot be replaced. Give a new directory in it")
-        if real.is_dir() and not force and any(real.iterdir()) and not _was_published(_beside(real, "partial"), real):
+        if real.is_dir() and not force and any(real.iterdir()) and not _was_published(beside(real, "partial"), real):
             raise OutputError(f"{target}: not empty. Give another output directory, or --force to replace all of it")
-
-
-def _real(path: Path) -> Path:
-    """Absolute and without links: what is written lands where a link points, not in the place of the link."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
-
-
-def _beside(real: Path, purpose: str) -> Path:
-    """A hidden neighbour of the target, on the same disk."""
-    return real.with_name(f".{real.name}.{purpose}")
-
-
-@contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror or str(error)
-        place = f"{error.filename}: " if error.filename else ""
-        raised = OutputError(f"{target}: cannot be written: {place}{cause}")
-        for note in getattr(error, "__notes__", ()):
-            raised.add_note(note)
-        raise raised from error
-
-
-@contextmanager
-def _locked(real: Path) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the target, so that no other run writes there. Raises OutputError where one does."""
-    real.parent.mkdir(parents=True, exist_ok=True)
-    file = _beside(real, "lock")
-    try:
-        handle = _lock(file)
-    except BlockingIOError as error:
-        raise OutputError(f"{real}: another run is writing it. Wait for it, or give another directory") from error
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _lock(file: Path) -> int:
-    """An open handle that holds the lock, on the file that is there now: its last owner may have unlinked it.
-
-    Raises BlockingIOError where another run holds it.
-    """
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, file):
-                return handle
-        except OSError:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _is_at(handle: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(file))
-    except FileNotFoundError:
-        return False
 
 
 def _publish(files: Path, real: Path) -> None:
@@ -379,7 +315,7 @@ def _publish(files: Path, real: Path) -> None:
     for directory, _, names in os.walk(files):
         for name in (*names, "."):
             flush(Path(directory, name))
-    replaced = _beside(real, "replaced")
+    replaced = beside(real, "replaced")
     if real.exists():
         os.rename(real, replaced)
     try:
@@ -394,21 +330,8 @@ def _publish(files: Path, real: Path) -> None:
 
 def _restore_replaced(real: Path) -> None:
     """Bring back what stepped aside where a run was killed before its output took the place; or remove it."""
-    replaced = _beside(real, "replaced")
+    replaced = beside(real, "replaced")
     if real.exists() or not replaced.is_dir():
         remove(replaced)
     else:
         os.rename(replaced, real)
-
-
-def _is_directory(path: Path) -> bool:
-    """And no link to one, which might lead anywhere."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a directory with all that is in it, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from files import tree
 from safetensors.torch import load_file
 
 import cpimerge
-from cpimerge import CpimergeError, IncompatibleError, OutputError, PlanError, fuse, plan, staging
+from cpimerge import CpimergeError, IncompatibleError, OutputError, PlanError, fuse, places, plan, staging
 from cpimerge.journal import Journal
 from cpimerge.staging import Target, Work, check_target, resumable_directory, staged_directory
 
@@ -206,7 +206,7 @@ def test_a_lock_that_its_owner_removes_is_no_lock(tmp_path: Path) -> None:
         return handle
 
     with mock.patch("os.open", open_and_lose):
-        handle = staging._lock(tmp_path / "lock")
+        handle = places._lock(tmp_path / "lock")
     assert len(opened) == 2
     assert os.path.samestat(os.fstat(handle), os.stat(tmp_path / "lock"))
     os.close(handle)
