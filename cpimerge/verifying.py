@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -107,13 +107,8 @@ def verify_output(
         sample=None if sample is None else float(sample),
         files=agree,
         tensors=sum(len(file.tensors) for file in files) if parts else 0,
-        elements=counts.elements,
-        core=counts.core,
-        blended=counts.blended,
-        copied=counts.copied,
         cores=tallies.cores if parts else 0,
-        input_bytes=counts.input_bytes,
-        output_bytes=counts.output_bytes,
+        **asdict(counts),
         failures=tuple(findings.failures),
         notes=tuple(findings.notes),
     )
