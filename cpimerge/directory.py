@@ -67,7 +67,8 @@ def open_checkpoint(path: Path, read: Callable[[Path], Shard] | None = None) -> 
             for file in _files(path, form, weight_map, problems):
                 with collect(file, problems):
                     shards.append((read or form.read)(file))
-        config = read_json_object(path / CONFIG) if has_config else {}
+        with collect(path / CONFIG, problems):
+            config = read_json_object(path / CONFIG) if has_config else {}
     if weight_map and not problems:
         problems.extend(_index_problems(index, weight_map, shards))
     if not problems and not any(shard.tensors for shard in shards):

@@ -24,6 +24,7 @@ from .depths import positions, side_problems, slice_problems
 from .errors import CheckpointError, CpimergeError, IncompatibleError, RecipeError
 from .hub_files import is_tokenizer
 from .models import Locate, locate, open_model
+from .plain_json import shown
 from .plain_text import printable
 from .plan_file import Vocabulary
 from .quantized import quantization, refused, stale_config
@@ -243,7 +244,7 @@ def _filter_problems(recipe: Recipe, names: list[str]) -> Iterator[str]:
     for key, filter, line in sorted(_filters(recipe), key=lambda found: found[2]):
         if not any(matches(filter, name) for name in names):
             where = f"{recipe.file or 'recipe'}:{line}: {key}"
-            yield f"{where}: filter {filter!r} matches no tensor of the base; {_nearest(filter, names)}"
+            yield f"{where}: filter {shown(filter)} matches no tensor of the base; {_nearest(filter, names)}"
 
 
 def _filters(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
