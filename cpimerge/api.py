@@ -230,7 +230,7 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
 
         output_bytes = needs.output_bytes + needs.companion_bytes
         needed = needs.plan_bytes + max(needs.scratch_bytes, output_bytes)
-        sizes.check_disk(needed - staged_bytes(goal), goal)
+        sizes.check_disk(needed - staged_bytes(goal) - staged_bytes(plan_target.directory), goal)
         announce(needs)
 
     with _checked(recipe, target, download, progress) as (inputs, find):
