@@ -82,9 +82,12 @@ def read_pickled(file: Path) -> Shard:
                 raise CheckpointError(problems)
             content, keys = _load(file, archive)
         tensors: list[StoredTensor] = []
+        firsts: dict[int, StoredTensor] = {}
         for name, value in content.items():
             try:
                 tensors.append(_stored(file, stream, name, value, archive.records, keys))
+                if (place := _place(value)) is not None:
+                    _check_alone(firsts.setdefault(place, tensors[-1]), tensors[-1])
             except _Unfit as error:
                 problems.append(f"{file}: tensor {shown(name)}: {error}")
     if problems:
@@ -286,7 +289,7 @@ def _stored(
     nbytes = value.numel() * ITEM_BYTES[dtype]
     if not nbytes:
         return StoredTensor(name, dtype, tuple(value.shape), 0, file, 0)
-    key = keys.get(getattr(value.untyped_storage(), "_checkpoint_offset", None) or 0)
+    key = keys.get(_place(value) or 0)
     if key is None:
         raise _Unfit("this PyTorch does not say where it lies in the file. Install torch>=2.7")
     record = records[key]
@@ -297,6 +300,17 @@ def _stored(
     if begin + nbytes > record.file_size or offset + record.file_size > os.fstat(stream.fileno()).st_size:
         raise _Unfit(f"needs {begin + nbytes} bytes of a record that has {record.file_size}. {AGAIN}")
     return StoredTensor(name, dtype, tuple(value.shape), nbytes, file, offset + begin)
+
+
+def _place(value: torch.Tensor) -> int | None:
+    """Where in the stand-in the record of its storage begins; None: this PyTorch does not say."""
+    return getattr(value.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _check_alone(first: StoredTensor, tensor: StoredTensor) -> None:
+    """Raise _Unfit if a storage has two dtypes: without its bytes PyTorch does not see that, and with them it does."""
+    if first.dtype != tensor.dtype:
+        raise _Unfit(f"has another dtype than {first.name!r}, which is stored in the same place. {CONVERT}")
 
 
 def _dtype(value: torch.Tensor) -> str:

@@ -502,6 +502,20 @@ def test_too_many_records(tmp_path: Path) -> None:
     assert re.fullmatch(f"an archive of too many records: their list has [0-9]+ bytes. {CONVERT}", problem)
 
 
+def test_a_record_of_two_dtypes(tmp_path: Path) -> None:
+    """PyTorch never writes it, and reads it as the first one says."""
+    records = records_of({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int32)})
+    twice = records["data.pkl"].replace(b"\1\0\0\x001q", b"\1\0\0\x000q")
+    file = archive(tmp_path / "x.bin", records | {"data.pkl": twice})
+    assert torch.load(file, weights_only=True)["b"].dtype == torch.float32
+    assert refusals(file) == [f"tensor 'b': has another dtype than 'a', which is stored in the same place. {CONVERT}"]
+
+
+def test_empty_tensors_of_any_dtype(tmp_path: Path) -> None:
+    torch.save({"a": torch.empty(0), "b": torch.empty(0, dtype=torch.int32)}, tmp_path / "x.bin")
+    assert [info.dtype for info in read_pickled(tmp_path / "x.bin").tensors] == ["F32", "I32"]
+
+
 def test_without_torch(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "m")
     code = (
