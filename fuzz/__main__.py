@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: all of {', '.join(NAMES)}")
     parser.add_argument("--seconds", type=int, default=20, help="for each target (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=-1, help="for each target, at most (default: as many as there is time)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is random; 0 (the default): another each time")
     parser.add_argument("--state", type=Path, default=ROOT / ".fuzz", help="where new inputs stay between runs")
@@ -36,11 +40,20 @@ def main() -> int:
     if find_spec("atheris") is None:
         print(NO_ATHERIS)
         return max(map(_replay, names))
-    outcomes = list(run_all(names, Settings(given.seconds, given.jobs, given.state, given.seed)))
-    print("\n".join(table(outcomes)))
+    outcomes: list[Outcome] = []
+    settings = Settings(given.seconds, given.runs, given.jobs, given.state, given.seed)
+    for line in table(_kept(run_all(names, settings), outcomes)):
+        print(line, flush=True)
     for line in keep(names, given.state) if given.keep else ():
         print(line)
     return _told(outcomes)
+
+
+def _kept(coming: Iterable[Outcome], outcomes: list[Outcome]) -> Iterator[Outcome]:
+    """What comes, put into `outcomes` too."""
+    for outcome in coming:
+        outcomes.append(outcome)
+        yield outcome
 
 
 def _told(outcomes: list[Outcome]) -> int:

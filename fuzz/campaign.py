@@ -24,9 +24,13 @@ GRACE_SECONDS = 120  # for imports and compiled kernels
 
 @dataclass(frozen=True)
 class Settings:
-    """How long each target runs, how many at a time, where what is found lies between runs, and the seed."""
+    """When each target ends (`runs`: after so many inputs; -1: none), how many run at a time, and the seed.
+
+    `state` is where what is found lies between runs.
+    """
 
     seconds: int
+    runs: int
     jobs: int
     state: Path
     seed: int
@@ -57,17 +61,19 @@ def _run(name: str, settings: Settings) -> Outcome:
     found, inputs = settings.state / name / "findings", settings.state / name / "inputs"
     for directory in (found, inputs):
         directory.mkdir(parents=True, exist_ok=True)
+    (found.parent / "accepted").write_text("0")
     before = {file: file.stat().st_mtime_ns for file in found.iterdir()}
     with tempfile.TemporaryDirectory(prefix="fuzz-seeds-") as seeds:
         begin_with = [inputs, *_directories(name, Path(seeds))]
         options = (
             *(f"-max_total_time={settings.seconds}", f"-timeout={ONE_INPUT_SECONDS}", f"-rss_limit_mb={RSS_MB}"),
-            *(f"-artifact_prefix={found}/", "-print_final_stats=1", f"-seed={settings.seed}"),
+            *(f"-artifact_prefix={found}/", "-print_final_stats=1"),
+            *(f"-seed={settings.seed}", f"-runs={settings.runs}"),
         )
         log = _engine(name, found, options, begin_with, settings.seconds + GRACE_SECONDS)
     (settings.state / name / "log").write_text(log, encoding="utf-8")
     new = tuple(sorted(file for file in found.iterdir() if before.get(file) != file.stat().st_mtime_ns))
-    return _outcome(name, log, new)
+    return _outcome(name, log, int((found.parent / "accepted").read_text() or 0), new)
 
 
 def _directories(name: str, seeds: Path) -> Iterator[Path]:
@@ -95,18 +101,17 @@ def _engine(name: str, found: Path, options: Iterable[str], directories: Sequenc
     return done.stdout.decode(errors="replace")
 
 
-def _outcome(name: str, log: str, findings: tuple[Path, ...]) -> Outcome:
+def _outcome(name: str, log: str, accepted: int, findings: tuple[Path, ...]) -> Outcome:
     covered = [int(count) for count in re.findall(r"^#\d+\s+(?:INITED|DONE).* cov: (\d+)", log, re.MULTILINE)]
-    executed = re.findall(r"number_of_executed_units: (\d+)", log)
+    executed = re.findall(r"number_of_executed_units: (\d+)", log) or re.findall(r"^#(\d+)\s", log, re.MULTILINE)
     if not executed and not findings:
         return Outcome(name, 0, 0, 0, 0, (0, 0), (), log[-2000:])
-    accepted = re.findall(r"stat::accepted: (\d+)", log)
     corpus = re.findall(r" corp: (\d+)/", log)
     added = re.findall(r"new_units_added:\s+(\d+)", log)
     return Outcome(
         name,
         executions=int(executed[-1]) if executed else 0,
-        accepted=int(accepted[-1]) if accepted else 0,
+        accepted=accepted,
         corpus=int(corpus[-1]) if corpus else 0,
         new=int(added[-1]) if added else 0,
         covered=(covered[0], covered[-1]) if covered else (0, 0),

@@ -148,13 +148,42 @@ def header(words: Sequence[str]) -> Mutate:
         if random.random() < 0.15 or not 0 < length <= len(data) - 8:
             return havoc(data)
         raw, rest = data[8 : 8 + length], data[8 + length :]
-        if random.random() < 0.15:
+        what = random.random()
+        if what < 0.15:
             rest = random.choice((rest[:-1], rest + b"\0", rest + rest, havoc(rest)))
+        elif what < 0.5:
+            raw = _sound_header(raw, random, words)
         else:
             raw = change(raw, random, havoc)
         return len(raw).to_bytes(8, "little") + raw + rest
 
     return mutate
+
+
+def _sound_header(raw: bytes, random: Random, words: Sequence[str]) -> bytes:
+    """A header that is right if this one was: tensors renamed, reordered, seen as others, or joined by an empty one."""
+    try:
+        entries = [*json.loads(raw).items()]
+        place = random.randrange(len(entries))
+        name, entry = entries[place]
+        begin, end = entry["data_offsets"]
+        match random.randrange(5):
+            case 0:
+                entries[place] = (_word(random, words), entry)
+            case 1:
+                random.shuffle(entries)
+            case 2:
+                where = random.choice((begin, end))
+                entries.append((_word(random, words), {**entry, "shape": [3, 0], "data_offsets": [where, where]}))
+            case 3:
+                dtype, nbytes = random.choice((("F32", 4), ("BF16", 2), ("U8", 1), ("I64", 8), ("F8_E4M3", 1)))
+                entries[place] = (name, {**entry, "dtype": dtype, "shape": [1, (end - begin) // nbytes, 1]})
+            case _:
+                entries.append(("__metadata__", {_word(random, words): _word(random, words)}))
+        text = json.dumps(dict(entries), ensure_ascii=random.random() < 0.5, indent=random.choice((None, 1)))
+        return text.encode("utf-8", "surrogatepass")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return raw + b" "
 
 
 def lines(words: Sequence[str]) -> Mutate:
