@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .plain_text import code, plain_name
+from .plain_text import code, plain_name, printable
 from .plan_file import Plan
 from .references import HubModel, planned_place
 
@@ -14,6 +14,9 @@ __all__ = ["hub_place", "model_card", "model_name", "recipe_without_places"]
 
 # An absolute path in YAML, up to what may end a value; not the rest of a relative path or of an address.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.*/:~-])(?:~[\w.-]*)?/[^\s"',}\]]*""")
+
+# What makes text look other than it is read.
+BIDIRECTIONAL = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def hub_place(path: str) -> HubModel | None:
@@ -85,6 +88,6 @@ Backbone: {backbone}. Tensors: {actions["slerp"]} blended with slerp, {actions["
 
 def _recipe_section(plan: Plan) -> str:
     """The recipe in a fence that nothing in it closes; nothing where it was made in Python, without a text."""
-    recipe = recipe_without_places(plan).rstrip()
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", recipe)), default=2))
+    recipe = BIDIRECTIONAL.sub(lambda found: printable(found[0]), recipe_without_places(plan).rstrip())
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", recipe))]))
     return f"\n## Recipe\n\n{fence}yaml\n{recipe}\n{fence}\n" if recipe else ""

@@ -19,6 +19,7 @@ from .card import hub_place, model_card, model_name, recipe_without_places
 from .chat_template import write_template
 from .checkpoint import CONFIG, FLOAT_NAMES, INDEX, is_unicode
 from .directory import CHECKPOINT_FILES
+from .errors import CheckpointError
 from .ordinary import LEADS_OUT, leads_out, read_ordinary
 from .plain_json import json_bytes
 from .plan_file import Input, Plan, TensorPlan, plan_hash
@@ -156,6 +157,8 @@ def _modules(base: Path) -> set[Path]:
         modules = json.loads(read_ordinary(base / MODULES, MAX_MODULES_BYTES))
     except (FileNotFoundError, ValueError, RecursionError):
         return set()
+    except OSError as error:
+        raise CheckpointError(f"{base / MODULES}: cannot be read: {error.strerror}") from error
     entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return {base / str(entry.get("path")) for entry in entries} - {base}
 

@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import Any
 
-__all__ = ["is_deep", "is_writable", "json_bytes", "parse_object", "says_minus_zero", "shown"]
+__all__ = ["is_deep", "is_writable", "json_bytes", "not_json", "parse_object", "says_minus_zero", "shown"]
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or one of both halves
 MAX_DEPTH = 64  # of small files; what is deeper cannot be walked through, or written again, for sure
@@ -26,11 +26,16 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except _Twice as error:
         raise ValueError(f"{shown(error.args[0])} stands twice in one JSON object") from error
     except ValueError as error:
-        what = "a number of more than 4300 digits" if str(error).startswith(LONG_NUMBER) else str(error)
-        raise ValueError(f"not valid JSON: {what}") from error
+        raise ValueError(not_json(error)) from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def not_json(error: ValueError) -> str:
+    """What is wrong with a text that Python refuses as JSON."""
+    what = "a number of more than 4300 digits" if str(error).startswith(LONG_NUMBER) else str(error)
+    return f"not valid JSON: {what}"
 
 
 def is_writable(raw: bytes, value: Any) -> bool:

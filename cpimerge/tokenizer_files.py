@@ -26,7 +26,7 @@ import xxhash
 
 from .errors import CheckpointError
 from .ordinary import check_inside, read_ordinary
-from .plain_json import is_deep
+from .plain_json import is_deep, not_json
 
 __all__ = [
     "MAX_ID",
@@ -121,7 +121,10 @@ def _extras(place: Path) -> dict[str, tuple[int, Flags]]:
     decoder = _read_inside(config).get("added_tokens_decoder") if config.is_file() else None
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         token, flags = _added(config, entry)
-        extras[token] = _id(config, token, int(number) if len(number) < 11 and number.isdecimal() else number), flags
+        extras[token] = (
+            _id(config, token, int(number) if len(number) < 11 and number.isascii() and number.isdecimal() else number),
+            flags,
+        )
     return extras
 
 
@@ -278,7 +281,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{file}: its JSON is nested too deeply. {MEND}") from error
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}. {MEND}") from error
+        raise CheckpointError(f"{file}: {not_json(error)}. {MEND}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}. {MEND}")
     if is_deep(value):
