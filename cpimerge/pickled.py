@@ -26,6 +26,7 @@ import xxhash
 
 from .checkpoint import AGAIN, ITEM_BYTES, MAX_NAME, Shard, StoredTensor, is_unicode, shown
 from .errors import CheckpointError
+from .plain_json import LONG_NUMBER
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,8 @@ def _as_problems(file: Path) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     """The first sentence of what a library says, on one line and without colours."""
+    if str(error).startswith(LONG_NUMBER):
+        return "a number of more than 4300 digits"
     text = re.split(r"\.\s|\n", re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip(), maxsplit=1)[0]
     return " ".join(text.split())[:200].rstrip(".")
 
