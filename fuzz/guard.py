@@ -71,8 +71,8 @@ class _Watch:
 
 
 def _is_strange(code: Any) -> bool:
-    """Whether code that is about to run comes from no file, and from no library that builds classes."""
-    return code.co_filename.startswith("<") and not code.co_filename.startswith(("<frozen", "<attrs", "<string>"))
+    """Whether code that is about to run comes from no file."""
+    return code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen")
 
 
 _WATCH = _Watch()

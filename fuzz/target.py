@@ -15,7 +15,7 @@ CORPUS = Path(__file__).parent / "corpus"
 # Each is a module of `targets` of the same name.
 NAMES = (
     *("header", "index", "archive", "pickle", "recipe", "reference", "size", "plan", "fuse", "cores", "coefficients"),
-    *("adapter", "tokenizer", "vocabulary", "models", "companions", "template", "manifest", "journal", "hub"),
+    *("adapter", "tokenizer", "vocabulary", "models", "companions", "template", "manifest", "journal", "verify", "hub"),
 )
 
 Havoc = Callable[[bytes], bytes]  # bytes -> bytes changed at random, without regard to their structure

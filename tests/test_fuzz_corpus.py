@@ -67,6 +67,7 @@ def test_the_corpus_stays_small() -> None:
         (lambda outside: outside.write_bytes(b""), "open"),
         (lambda outside: outside.mkdir(), "os.mkdir"),
         (lambda outside: exec(compile("1 + 1", "<evil>", "exec")), "exec"),
+        (lambda outside: eval("1 + 1"), "exec"),
         (lambda outside: __import__("subprocess").run(["true"], check=True), "subprocess.Popen"),
         (lambda outside: __import__("pickle").loads(b"cos\nsystem\n."), "pickle.find_class"),
         (lambda outside: __import__("socket").socket().close(), "socket.__new__"),
