@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .checkpoint import ITEM_BYTES, Tensor
 from .companions import companion_bytes
 from .cores import budget
 from .errors import ResourceError
-from .examination import SMALL, SMALL_ROWS, elements_of, is_small, pool_rows
+from .examination import SMALL, SMALL_ROWS, Pool, elements_of, is_small, pool_rows
 from .kernels import bitsets
 from .kernels.singles import MOST
 from .passes import CROWDED
@@ -59,12 +59,13 @@ class Needs:
 
 def plan_needs(inputs: Inputs, allowed: Budget) -> Needs:
     """What `plan` and then `fuse` will need, from headers alone."""
+    room = plan_room(inputs)
     return Needs(
         threads=allowed.threads,
         memory_bytes=allowed.peak_bytes,
         input_bytes=inputs.nbytes,
-        plan_bytes=_plan_bytes(inputs),
-        scratch_bytes=_scratch_bytes(inputs),
+        plan_bytes=_plan_bytes(inputs, room),
+        scratch_bytes=room.shelf,
         output_bytes=sum(spec.elements * ITEM_BYTES[spec.dtype] for spec in inputs.tensors),
         companion_bytes=companion_bytes(
             inputs.checkpoints[0].path, len(inputs.tensors), len(inputs.checkpoints) - inputs.first_member
@@ -139,11 +140,11 @@ def _matrix_bytes(inputs: Inputs) -> int:
     return 8 * members * (members + 1) // 2
 
 
-def _scratch_bytes(inputs: Inputs) -> int:
+def _shelf_bytes(inputs: Inputs, every: Iterable[Pool]) -> int:
     """What waits on the shelf for the largest pool: bits of the cores, open elements, Gram matrices."""
     granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
     largest = 0
-    for pool in pools(inputs.tensors, inputs.recipe.scope).values():
+    for pool in every:
         if pool[0].is_float and not is_small(pool, granularity):
             elements = elements_of(pool)
             kept = elements * tasks // 8 + int(elements * OPEN) * 4 * (1 + len(inputs.checkpoints))
@@ -157,23 +158,30 @@ def plan_room(inputs: Inputs) -> Room:
     Bitmaps take 2 bytes for each element of a core, or a bit for each place, and begin with what is in them.
     """
     granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
+    bounds = {shape: _bitmap_bytes(shape, granularity) for shape in {spec.shape for spec in inputs.tensors}}
+    every = pools(inputs.tensors, inputs.recipe.scope).values()
     cores, rows = [0] * tasks, 0
-    for pool in pools(inputs.tensors, inputs.recipe.scope).values():
+    for pool in every:
         if not pool[0].is_float:
             continue
-        sizes = [chunk.size for spec in pool for chunk in chunks(spec.shape, granularity)]
-        opening = sum(8 + 8 * -(-size // bitsets.CONTAINER) for size in sizes)
-        most = sum(map(bitsets.most_bytes, sizes))
+        opening, most = (sum(bounds[spec.shape][which] for spec in pool) for which in (0, 1))
         elements, rows = elements_of(pool), rows + pool_rows(pool, granularity)
         for task, p in enumerate(pool[0].density):
             cores[task] += min(most, opening + 2 * budget(p, elements)) if pool[0].eligible else opening
     members = len(inputs.checkpoints) - inputs.first_member
-    return Room(cores, rows, members * (members + 1) // 2, _scratch_bytes(inputs))
+    return Room(cores, rows, members * (members + 1) // 2, _shelf_bytes(inputs, every))
 
 
-def _plan_bytes(inputs: Inputs) -> int:
+def _bitmap_bytes(shape: tuple[int, ...], granularity: str) -> tuple[int, int]:
+    """What a task's bitmaps of such a tensor take: with nothing in them, and at most."""
+    sizes = [chunk.size for chunk in chunks(shape, granularity)]
+    opening = sum(8 + 8 * -(-size // bitsets.CONTAINER) for size in sizes)
+    return opening, sum(map(bitsets.most_bytes, sizes))
+
+
+def _plan_bytes(inputs: Inputs, room: Room) -> int:
     """Cores at their largest with their offsets, Gram matrices, coefficients, and plan.json."""
-    room, granularity, tasks = plan_room(inputs), inputs.recipe.granularity, len(inputs.recipe.tasks)
+    granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
     offsets = 8 * tasks * sum(len(chunks(spec.shape, granularity)) for spec in inputs.tensors)
     matrices = 8 * room.rows * (room.pairs + len(inputs.checkpoints))
     return sum(room.cores) + offsets + matrices + JSON_BYTES * len(inputs.tensors) * (1 + tasks)

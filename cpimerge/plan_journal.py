@@ -106,7 +106,8 @@ class PlanJournal:
         """The next settled chunk."""
         found = self.findings[settled.spec.name]
         if found.first_chunk < 0:
-            found.first_chunk, found.first_row = self.files.mark.chunks, self.files.mark.rows
+            mark = self.files.mark
+            found.first_chunk, found.first_row = mark.chunks, mark.rows
         self.files.add(settled)
 
     def settled(self, count: int) -> None:
