@@ -236,6 +236,13 @@ def test_every_entry_of_the_manifest(home: Path) -> None:
             assert (failure.file, failure.problem.split(":")[0]) == (str(file), ".".join(map(str, path)))
 
 
+def test_a_manifest_that_is_written_otherwise(home: Path) -> None:
+    """The same JSON: no byte of an output goes unchecked."""
+    file = home / "out" / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_bytes()), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert only(refuse(home)) == Failure(str(file), "is not written as fuse writes it")
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 
