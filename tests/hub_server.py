@@ -40,7 +40,7 @@ class Hub:
     """Models by their names; `revisions` of each lead to a commit, `commits` to the directory with its files.
 
     `trouble` may answer a request in another way: with a status, with "drop" (half of the body, then silence), or
-    "whole" (as a server that knows nothing of ranges).
+    "whole" (as a server that knows nothing of ranges). `listed` may change what it says of a model's files.
     """
 
     url: str = ""
@@ -50,6 +50,7 @@ class Hub:
     private: dict[str, str] = field(default_factory=dict)  # with the token that opens them
     requests: list[Request] = field(default_factory=list)
     trouble: Callable[[Request], int | str | None] = lambda request: None
+    listed: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda siblings: siblings
 
     def add(self, name: str, directory: Path, revision: str = "main") -> str:
         """Publish what `directory` holds; returns its commit."""
@@ -132,6 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return
         siblings = [sibling(file, self.hub.commits[commit]) for file in tree(self.hub.commits[commit])]
+        siblings = self.hub.listed(siblings)
         body = {"_id": "0", "id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}
         self.send(request, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
