@@ -222,7 +222,7 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
     from .staging import Target, Watch, forget, is_published, resumable_directory, staged_bytes
     from .writer import shard_limit
 
-    goal = Path(out).expanduser().absolute()
+    goal = Path(out).expanduser()
     target = Target(goal, force, restart, shard_limit(shard_size))  # a mistake shows before hours of planning
 
     def check_disk(needs: Needs) -> None:  # so does a full disk

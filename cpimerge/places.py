@@ -15,8 +15,16 @@ __all__ = ["beside", "is_directory", "locked", "output_errors", "real_path", "re
 
 
 def real_path(path: Path) -> Path:
-    """Absolute and without links: what is written lands where a link points, not in the place of the link."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    """Absolute and without links: what is written lands where a link points, not in the place of the link.
+
+    Raises OutputError for a relative path in a working directory that is gone.
+    """
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"{path}: the working directory is gone. Change to another, or give an absolute path"
+        ) from error
 
 
 def beside(real: Path, purpose: str) -> Path:
@@ -39,14 +47,19 @@ def output_errors(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(real: Path) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the target, so that no other run writes there. Raises OutputError where one does."""
+def locked(real: Path, target: Path | None = None) -> Iterator[None]:
+    """Hold `.<name>.lock` beside a place, so that no other run writes there.
+
+    Raises OutputError where one does; it names `target`, where the place is no more than a part of what is written.
+    """
     real.parent.mkdir(parents=True, exist_ok=True)
     file = beside(real, "lock")
     try:
         handle = _lock(file)
     except BlockingIOError as error:
-        raise OutputError(f"{real}: another run is writing it. Wait for it, or give another directory") from error
+        raise OutputError(
+            f"{target or real}: another run is writing it. Wait for it, or give another directory"
+        ) from error
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -284,14 +284,17 @@ def _beside_target(target: Path, suffix: str) -> Iterator[Path]:
     real = real_path(target)
     parent = next(place for place in real.parents if place.is_dir())
     directory = parent / f".{real.name}{suffix}"
-    with output_errors(directory), locked(directory):
+    with output_errors(target), locked(directory, target):
         yield directory
 
 
 def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     """Raise OutputError where `target` must not be written: it holds files or an input, or an input holds it."""
     real, inputs = real_path(target), tuple(inputs)
-    for path in (*inputs, Path.cwd()):
+    kept = list(inputs)
+    with suppress(FileNotFoundError):  # a working directory that is gone lies nowhere
+        kept.append(Path.cwd())
+    for path in kept:
         if real_path(path).is_relative_to(real):
             raise OutputError(f"{target}: holds {path}, which would be lost. Give another output directory")
     for path in inputs:

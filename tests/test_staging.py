@@ -176,6 +176,17 @@ def test_targets_that_cannot_be(tmp_path: Path, target: str, inputs: list[str], 
     assert str(raised.value) == f"{target}: {problem.format(cwd=tmp_path / 'work')}"
 
 
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with working_directory(tmp_path / "gone"):
+        (tmp_path / "gone").rmdir()
+        produce(tmp_path / "out")
+        with pytest.raises(OutputError) as raised:
+            produce(Path("out"))
+    assert str(raised.value) == "out: the working directory is gone. Change to another, or give an absolute path"
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+
+
 # --- several runs -----------------------------------------------------------------------------------
 
 
