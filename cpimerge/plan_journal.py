@@ -260,7 +260,11 @@ class PlanJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._flusher.shutdown(wait=True)
-        if error is not None and not isinstance(error, VERDICTS):
-            with suppress(OSError):  # what cannot be kept is done again
-                self._append(self._records())
-        self.files.close()
+        try:
+            if error is None:
+                self._check_flushed()
+            elif not isinstance(error, VERDICTS):
+                with suppress(OSError):  # what cannot be kept is done again
+                    self._append(self._records())
+        finally:
+            self.files.close()

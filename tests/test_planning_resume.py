@@ -588,6 +588,24 @@ def test_a_run_shorter_than_the_time_between_records_flushes_nothing_until_it_is
         assert resumed[0][0] > 0
 
 
+def test_a_disk_that_fails_in_the_background_is_told(models: Path, tmp_path: Path) -> None:
+    """Also where that was the last thing that a run did."""
+    for failing in (1, 1000):
+        count = iter(range(1, 2000))
+
+        def sync(self: plan_files.PlanFiles, failing: int = failing, count: Iterator[int] = count) -> None:
+            if next(count) == failing or not self.cores[0].chunks < 12:
+                raise OSError(5, "Input/output error")
+
+        with (
+            small_chunks("small"),
+            mock.patch.object(plan_files.PlanFiles, "sync", sync),
+            pytest.raises(OutputError, match="cannot be written: Input/output error"),
+        ):
+            plan(recipe(models), tmp_path / "plan", threads=1)
+        assert not (tmp_path / "plan").exists()
+
+
 def test_the_disk_has_the_files_before_the_journal_speaks_of_them(models: Path, tmp_path: Path) -> None:
     """Every record comes after a flush of everything that grows, and the first one after one of the directories."""
     events: list[str] = []
