@@ -11,7 +11,7 @@ from .disk import flush_data, reserve, write_at
 
 __all__ = ["GrowingFile"]
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 16
 READ_BYTES = 1 << 20
 
 
