@@ -19,7 +19,9 @@ __all__ = ["Outcome", "Settings", "keep", "run_all", "table"]
 ROOT = Path(__file__).parents[1]
 ONE_INPUT_SECONDS = 20  # a machine under load may take long for what takes no time
 RSS_MB = 3000
-GRACE_SECONDS = 120  # for imports and compiled kernels
+ENDED = "it ended"
+KEPT_BYTES = 30_000  # of a target's corpus, past findings apart
+GRACE_SECONDS = 600  # for imports, and kernels that are compiled first
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,15 @@ def _engine(name: str, found: Path, options: Iterable[str], directories: Sequenc
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        return f"{(error.output or b'').decode(errors='replace')}\nit did not end in {limit} seconds\n"
-    return done.stdout.decode(errors="replace")
+        return f"{(error.output or b'').decode(errors='replace')}\n{ENDED} not within {limit} seconds\n"
+    log = done.stdout.decode(errors="replace")
+    return f"{log}\n{ENDED} with status {done.returncode}\n" if done.returncode else log
 
 
 def _outcome(name: str, log: str, accepted: int, findings: tuple[Path, ...]) -> Outcome:
     covered = [int(count) for count in re.findall(r"^#\d+\s+(?:INITED|DONE).* cov: (\d+)", log, re.MULTILINE)]
     executed = re.findall(r"number_of_executed_units: (\d+)", log) or re.findall(r"^#(\d+)\s", log, re.MULTILINE)
-    if not executed and not findings:
+    if (not executed or f"\n{ENDED}" in log) and not findings:
         return Outcome(name, 0, 0, 0, 0, (0, 0), (), log[-2000:])
     corpus = re.findall(r" corp: (\d+)/", log)
     added = re.findall(r"new_units_added:\s+(\d+)", log)
@@ -132,7 +135,7 @@ def table(outcomes: Iterable[Outcome]) -> Iterator[str]:
 
 
 def keep(names: Sequence[str], state: Path) -> Iterator[str]:
-    """Merge what was found into the corpus, which stays as small as its coverage allows. Yields a line a target."""
+    """Merge what was found into the corpus, as few inputs as cover the same code. Yields a line a target."""
     for name in names:
         directory, inputs = CORPUS / name, state / name / "inputs"
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,13 @@ def keep(names: Sequence[str], state: Path) -> Iterator[str]:
             seeds, merged, found = (Path(scratch, folder) for folder in ("seeds", "merged", "found"))
             for folder in (seeds, merged, found):
                 folder.mkdir()
-            _engine(name, found, ["-merge=1", f"-timeout={ONE_INPUT_SECONDS}"], [merged, seeds, directory, inputs], 900)
+            _engine(
+                name,
+                found,
+                ["-set_cover_merge=1", f"-timeout={ONE_INPUT_SECONDS}"],
+                [merged, seeds, directory, inputs],
+                900,
+            )
             yield _replace(name, directory, merged, load(name))
 
 
@@ -151,9 +160,11 @@ def _replace(name: str, directory: Path, merged: Path, target: Target) -> str:
     for file in directory.iterdir():
         if not file.name.startswith("finding-"):
             file.unlink()
-    for file in sorted(merged.iterdir()):
+    room = KEPT_BYTES
+    for file in sorted(merged.iterdir()):  # by their hashes, so some of every kind
         content = file.read_bytes()
-        if content not in known and len(content) <= target.max_bytes:
+        if content not in known and len(content) <= min(room, target.max_bytes):
             (directory / file.name[:16]).write_bytes(content)
+            room -= len(content)
     files = [file for file in directory.iterdir()]
     return f"{name:13} {len(files):5} files {sum(file.stat().st_size for file in files):9,} bytes"

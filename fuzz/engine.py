@@ -83,12 +83,12 @@ class _Engine:
         return self.target.mutate(bytes(data), random, havoc)[:max_size]
 
 
-def _dictionary(target: Target, scratch: Path) -> Path:
-    """The target's words as libFuzzer takes them."""
+def _dictionary(target: Target, scratch: Path) -> list[str]:
+    """The option that gives libFuzzer the target's words, if it has any."""
     file = scratch / "words.dict"
     words = (word.encode("utf-8", "surrogatepass")[:60] for word in target.words)
     file.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in words if word))
-    return file
+    return [f"-dict={file}"] if target.words else []
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def main() -> None:
         for label, seed in target.seeds().items():
             Path(seeds, label).write_bytes(seed)
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-        options += [f"-max_len={target.max_bytes}", f"-dict={_dictionary(target, scratch)}"]
+        options += [f"-max_len={target.max_bytes}", *_dictionary(target, scratch)]
         again = shlex.join([sys.executable, "-m", "fuzz.engine", name, findings, seeds])  # what a merge starts
         atheris.Setup([again, *options], engine.one, custom_mutator=engine.mutate)
         atheris.Fuzz()

@@ -182,7 +182,7 @@ def _sound_header(raw: bytes, random: Random, words: Sequence[str]) -> bytes:
                 entries.append(("__metadata__", {_word(random, words): _word(random, words)}))
         text = json.dumps(dict(entries), ensure_ascii=random.random() < 0.5, indent=random.choice((None, 1)))
         return text.encode("utf-8", "surrogatepass")
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it was not right
         return raw + b" "
 
 
