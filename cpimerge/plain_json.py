@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import Any
 
-__all__ = ["is_deep", "is_writable", "json_bytes", "not_json", "parse_object", "says_minus_zero", "shown"]
+__all__ = ["is_deep", "is_writable", "json_bytes", "most_keys", "not_json", "parse_object", "says_minus_zero", "shown"]
 
 HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or one of both halves
 MAX_DEPTH = 64  # of small files; what is deeper cannot be walked through, or written again, for sure
@@ -58,6 +58,18 @@ def is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def most_keys(value: Any) -> int:
+    """How many keys the largest object in a value of JSON has."""
+    most, waiting = 0, [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            most = max(most, len(node))
+        children = node.values() if isinstance(node, dict) else node
+        waiting.extend(child for child in children if isinstance(child, dict | list))
+    return most
 
 
 def json_bytes(value: Any) -> bytes:

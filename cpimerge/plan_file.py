@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from .checkpoint import COPIED_BYTES, FLOAT_BYTES, MAX_SIZE
 from .errors import PlanError
 from .ordinary import read_ordinary
-from .plain_json import is_writable, parse_object, shown
+from .plain_json import is_writable, most_keys, parse_object, shown
 from .plan_checks import plan_faults
 from .references import Reference, planned_place
 from .writer import OutputTensor
@@ -41,12 +41,23 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+
+
+class _First(FailFast):
+    """Of a million wrong entries, one is enough to say."""
+
+    def __hash__(self) -> int:
+        return 0  # which a union of types asks for
+
+
+Many = Annotated[list[Value], _First()]
 Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]  # or another count
 Mode = Literal["base", "union"]  # of vocabularies that differ
 
 PLAN_FILE = "plan.json"
 COEFFICIENTS_FILE = "coefficients.npy"
 VERSION = 1
+MAX_KEYS = 10_000  # of an object: names of tasks, or of layers
 MAX_BYTES = 512_000_000  # of plan.json: a million tensors
 
 
@@ -74,7 +85,7 @@ class Input(_Model):
     path: str
     adapter: str | None = None
     scratch_bytes: Size = 0
-    shards: list[ShardIdentity]
+    shards: Many[ShardIdentity]
 
     @property
     def reference(self) -> Reference:
@@ -115,8 +126,8 @@ class Vocabulary(_Model):
     mode: Mode
     base_rows: Size
     rows: Size
-    tensors: list[str]
-    joined: list[JoinedToken]
+    tensors: Many[str]
+    joined: Many[JoinedToken]
     tokens_xxh3: dict[str, str]
 
 
@@ -168,8 +179,8 @@ class Blend(_Model):
     the smallest, mean and largest angle. `slerped` counts fold steps that were slerp, not lerp; `steps` counts all.
     """
 
-    coefficients: list[float] | None
-    angles: list[float | None]
+    coefficients: Many[float] | None
+    angles: Many[float | None]
     steps: Size
     slerped: Size
 
@@ -182,7 +193,7 @@ class TensorPlan(_Model):
     """
 
     name: str
-    shape: list[Size]
+    shape: Many[Size]
     dtype: str  # of the output
     base_dtype: str
     action: Literal["copy", "identical", "blend"]
@@ -216,19 +227,19 @@ class Plan(_Model):
     cpimerge: str
     recipe: str  # the YAML as the user wrote it
     settings: Settings
-    inputs: list[Input]
-    tasks: list[Task]
-    pairs: list[Pair]
-    stages: list[list[str]]
+    inputs: Many[Input]
+    tasks: Many[Task]
+    pairs: Many[Pair]
+    stages: Many[Many[str]]
     backbone: str
-    fold: list[str]
+    fold: Many[str]
     layers: dict[str, Size] = Field(default_factory=dict)  # how many are called alike: {"model.layers.*": 32}
-    notes: list[str]
+    notes: Many[str]
     vocabulary: Vocabulary | None = None  # None: that of every input
     chat_template: str | None = None  # of the output; None: the base's
     coefficients_xxh3: str | None
     seal: str = ""  # xxh3-128 over what must not be edited; `sealed` sets it, `load` checks it
-    tensors: list[TensorPlan] = Field(repr=False)
+    tensors: Many[TensorPlan] = Field(repr=False)
 
     @model_validator(mode="after")
     def _sound(self) -> Plan:
@@ -312,6 +323,8 @@ def _parsed(file: Path) -> dict[str, Any]:
         raise PlanError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise PlanError(f"{file}: {error}. Run `cpimerge plan` again") from error
+    if most_keys(value) > MAX_KEYS:
+        raise PlanError(f"{file}: has an object of more than {MAX_KEYS} keys. Run `cpimerge plan` again")
     if not is_writable(raw, value):
         raise PlanError(f"{file}: has text that is not Unicode. Run `cpimerge plan` again")
     return value

@@ -133,6 +133,7 @@ def run(home: Path, *arguments: str) -> Result:
     with watched(home):
         result = CliRunner().invoke(main, [argument.format(home=home) for argument in arguments])
     assert time.process_time() - begin < SECONDS
+    assert all(line.isprintable() for line in (result.stdout + result.stderr).split("\n"))
     return result
 
 
@@ -153,8 +154,7 @@ def refused(home: Path, command: str = "plan", *options: str) -> list[str]:
     lines = result.stderr.splitlines()
     problems = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     assert not any(problem.startswith("unexpected") for problem in problems), problems
-    assert all(char.isprintable() for line in lines for char in line)
-    assert "Traceback" not in result.stderr
+    assert ("Traceback" in result.stderr) == ("--debug" in options)
     assert snapshot(home.parent) == before
     return [problem.replace(f"{home}/", "").replace(f"{home}", "HOME") for problem in problems]
 

@@ -22,15 +22,24 @@ def test_a_sound_plan_is_obeyed(planned: Path) -> None:
     assert (planned / "out/model.safetensors").is_file()
 
 
+def misbehave(home: Path) -> None:
+    import planted  # type: ignore[import-not-found] # noqa: F401
+
+    (home / "elsewhere").mkdir()
+    (home / "out").mkdir()
+    os.system("true")
+    subprocess.run(["true"], check=True)
+
+
+def watched_misbehaviour(home: Path) -> None:
+    with watched(home):
+        misbehave(home)
+
+
 def test_the_watch_sees_what_must_not_be(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(home))
-    with pytest.raises(AssertionError) as caught, watched(home):
-        import planted  # type: ignore[import-not-found] # noqa: F401
-
-        (home / "elsewhere").mkdir()
-        (home / "out").mkdir()
-        os.system("true")
-        subprocess.run(["true"], check=True)
+    with pytest.raises(AssertionError) as caught:
+        watched_misbehaviour(home)
     seen = str(caught.value)
     for what in ("import planted", f"open {home}/mark", f"os.mkdir {home}/elsewhere", "os.system", "subprocess.Popen"):
         assert what in seen
