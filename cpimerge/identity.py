@@ -73,7 +73,8 @@ def plan_work(inputs: Inputs, files: Files) -> Work:
     vocabulary = inputs.vocabulary.model_dump_json() if inputs.vocabulary else None
     parts = {"the recipe": _hash(repr(recipe), recipe.text)}
     for name, checkpoint in zip(inputs.names, inputs.checkpoints, strict=True):
-        parts[str(checkpoint.where)] = _hash(parts.get(str(checkpoint.where)), name, *_description(checkpoint))
+        where = planned_path(checkpoint.where)
+        parts[where] = _hash(parts.get(where), name, *_description(checkpoint))
         for shard in checkpoint.shards:
             written = files.states.get(shard.file, (0, 0, 0))[1]
             place = Path(planned_path(shard.file.parent), shard.file.name)

@@ -19,7 +19,7 @@ from hub_server import Hub, Request
 from safetensors.torch import save_file
 
 import cpimerge
-from cpimerge import cli, needs, pieces, remote
+from cpimerge import analysis, cli, needs, pieces, remote
 from cpimerge.needs import Needs
 from cpimerge.plan_file import Plan
 
@@ -100,6 +100,29 @@ def test_what_travels_is_what_was_announced(
     cpimerge.fuse(tmp_path / "plan", tmp_path / "out", download="stream", **LIMITS)
     assert weights_travelled(hub, published) == needed.fuse_travel_bytes == once
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_plan_that_was_cut_off_fetches_what_is_left(
+    published: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pieces are gone, what was found in them is not."""
+    monkeypatch.setattr(analysis, "CHUNK", 1)  # so that little tensors are not all examined together
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "plan" and done >= total / 2:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"download": "stream", "threads": 1}
+    cpimerge.plan(published, tmp_path / "wanted", **options)
+    whole = weights_travelled(hub, published)
+    with pytest.raises(KeyboardInterrupt):
+        cpimerge.plan(published, tmp_path / "plan", progress=stop, **options)
+    hub.requests.clear()
+    resumed: list[tuple[int, int]] = []
+    cpimerge.plan(published, tmp_path / "plan", resumed=lambda *told: resumed.append(told), **options)
+    assert 0 < weights_travelled(hub, published) < whole
+    assert [0 < done < total for done, total in resumed] == [True]
+    assert contents(tmp_path / "plan") == contents(tmp_path / "wanted")
 
 
 def test_little_of_a_model_lies_on_the_disk_at_a_time(
