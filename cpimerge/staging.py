@@ -230,8 +230,10 @@ def is_published(target: Target) -> bool:
 
 
 def forget(target: Path) -> None:
-    """Delete what a run with `keep_journal` left beside its target."""
-    shutil.rmtree(beside(real_path(target), "partial"), ignore_errors=True)
+    """Delete what a run with `keep_journal` left beside its target, its lock included. Raises OutputError."""
+    real = real_path(target)
+    with output_errors(target), locked(real, target):
+        shutil.rmtree(beside(real, "partial"), ignore_errors=True)
 
 
 def staged_bytes(target: Path) -> int:

@@ -317,6 +317,7 @@ def test_a_merge_that_was_killed_at_its_end(
         with pytest.raises(KeyboardInterrupt):
             cpimerge.merge(models / "recipe.yml", tmp_path / "out", **LIMITS)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+    (tmp_path / ".out.lock").touch()  # as a loss of power brings it back
     watcher = Watcher()
     again = cpimerge.merge(models / "recipe.yml", tmp_path / "out", progress=watcher.callback("progress"), **LIMITS)
     assert again == whole
