@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["is_deep", "is_writable", "json_bytes", "most_keys", "not_json", "parse_object", "says_minus_zero", "shown"]
@@ -62,14 +63,18 @@ def is_deep(value: Any) -> bool:
 
 def most_keys(value: Any) -> int:
     """How many keys the largest object in a value of JSON has."""
-    most, waiting = 0, [value]
+    return max(map(len, _objects(value)), default=0)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a value of JSON."""
+    waiting = [value]
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
-            most = max(most, len(node))
+            yield node
         children = node.values() if isinstance(node, dict) else node
-        waiting.extend(child for child in children if isinstance(child, dict | list))
-    return most
+        waiting += [child for child in children if type(child) is dict or type(child) is list]
 
 
 def json_bytes(value: Any) -> bytes:
@@ -115,5 +120,6 @@ def _keeps_every_key(value: Any, text: str) -> bool:
     """
     if "\\" in text or not isinstance(value, dict):
         return False
+    written = len(re.findall(r'"[ \t\n\r]*:', text))
     keys = len(value) + sum(len(entry) for entry in value.values() if isinstance(entry, dict))
-    return keys == len(re.findall(r'"[ \t\n\r]*:', text))
+    return keys == written or sum(map(len, _objects(value))) == written
