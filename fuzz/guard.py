@@ -24,6 +24,7 @@ FORBIDDEN = (
     *("ctypes.dlopen", "code.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "http.client", "sys.set"),
     *("os.putenv", "os.unsetenv", "os.kill", "signal."),
 )
+BUILDERS = ("/dataclasses.py", "/collections/__init__.py", "/typing.py", "/attr/_make.py")
 # Events that change the file system -> which of their arguments are the paths that change.
 ONE, BOTH, SECOND = slice(0, 1), slice(0, 2), slice(1, 2)
 CHANGES = {
@@ -71,8 +72,10 @@ class _Watch:
 
 
 def _is_strange(code: Any) -> bool:
-    """Whether code that is about to run comes from no file."""
-    return code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen")
+    """Whether code that is about to run comes from no file, nor from what builds classes when a module is imported."""
+    caller = sys._getframe(2).f_code.co_filename
+    generated = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen")
+    return generated and not caller.endswith(BUILDERS)
 
 
 _WATCH = _Watch()
