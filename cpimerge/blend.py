@@ -13,9 +13,10 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from .kernels.arrays import compiled
 
 __all__ = ["LERP_EPSILON", "Fold", "fold", "shares"]
 
@@ -68,7 +69,7 @@ def fold(gram: npt.NDArray[np.float64], order: Sequence[int], omegas: Sequence[f
     return Fold((coefficients * scale).astype(np.float32), np.arccos(cosines), slerped)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _fold_rows(gram, omegas, coefficients, cosines):  # type: ignore[no-untyped-def]
     """`gram` float64 [R, V, V] in fold order → `coefficients` [R, V], `cosines` [R, V − 1] (NaN where a norm is 0)."""
     for r in range(gram.shape[0]):
@@ -91,7 +92,7 @@ def _fold_rows(gram, omegas, coefficients, cosines):  # type: ignore[no-untyped-
             cosines[r, step] = cosine
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _slerp_shares(cosine, t):  # type: ignore[no-untyped-def]
     """The factors of v0 and v1 in slerp(v0, v1, t); a NaN cosine (a norm is 0) is a lerp."""
     if abs(cosine) <= 1.0 - LERP_EPSILON:

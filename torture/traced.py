@@ -18,13 +18,13 @@ WRITES = ("write", "pwrite64", "sendfile")
 CALLS = {
     **dict.fromkeys(WRITES, ("ENOSPC", "EIO", "EDQUOT")),
     **dict.fromkeys(("fsync", "fdatasync"), ("EIO", "ENOSPC")),
-    **dict.fromkeys(("ftruncate", "pread64", "preadv", "read"), ("EIO",)),
+    **dict.fromkeys(("ftruncate", "pread64", "preadv", "preadv2", "read"), ("EIO",)),
     **dict.fromkeys(("rename", "mkdir", "rmdir", "unlink", "unlinkat"), ("EACCES", "EIO", "EROFS")),
     "fallocate": ("ENOSPC", "EOPNOTSUPP"),
     "flock": ("ENOLCK",),
     "openat": ("EACCES", "EMFILE", "EIO"),
 }
-READS = ("openat", "read", "pread64", "preadv")  # all that is wrong with the inputs is said at once
+READS = ("openat", "read", "pread64", "preadv", "preadv2")  # all that is wrong with the inputs is said at once
 CALL = re.compile(r"^(\d+) +(\w+)\(")
 SETTLING = 5  # seconds to attach
 
