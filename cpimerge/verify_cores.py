@@ -218,9 +218,10 @@ def _compare_settings(plan: Plan, recipe: Recipe, findings: Findings, file: Path
         if getattr(plan.settings, key) != getattr(recipe, key):
             said = f"settings.{key} is {getattr(plan.settings, key)}, in its recipe {getattr(recipe, key)}"
             findings.fail(file, said)
-    for key in ("space", "conflict"):
-        if getattr(plan.settings, key) != getattr(recipe, key):
-            said = f"settings.{key} is {getattr(plan.settings, key)}, in its recipe {getattr(recipe, key)}"
+    given = {"space": recipe.space, "conflict": recipe.conflict, "tau": float(recipe.tau), "rest": float(recipe.rest)}
+    for key, expected in given.items():
+        if getattr(plan.settings, key) != expected:
+            said = f"settings.{key} is {getattr(plan.settings, key)}, in its recipe {expected}"
             findings.notes.append(f"{file}: {said}: edited by hand?")
 
 

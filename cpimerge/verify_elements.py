@@ -149,11 +149,11 @@ class Look:
         seen, start, places = self.seen, self.piece.start, self.piece.places[task]
         sizes = np.abs(values - base)
         seen.updates[task] = [np.count_nonzero(some) for some in (sizes, sizes <= NEAR, sizes <= half)]
-        total = sizes.sum(dtype=np.float64)
-        if not np.isfinite(total):  # of an input that changed: what it holds compares with nothing
-            sizes = np.nan_to_num(sizes, nan=np.inf)
         core = sizes[places]
-        within = core.sum(dtype=np.float64)
+        sizes[places] = 0
+        seen.sums[task] = core.sum(dtype=np.float64), sizes.sum(dtype=np.float64)
+        if not np.isfinite(seen.sums[task]).all():  # of an input that changed: what it holds compares with nothing
+            core, sizes = (np.nan_to_num(some, nan=np.inf) for some in (core, sizes))
         inside = outside = None
         if core.size:
             least = core.min()
@@ -162,7 +162,6 @@ class Look:
         if core.size < sizes.size:
             largest = int(sizes.argmax())
             outside = float(sizes[largest]), start + largest
-        seen.sums[task] = within, total - within
         seen.inside.append(inside)
         seen.outside.append(outside)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import OutputError
 from .ordinary import open_ordinary, read_ordinary
+from .plain_json import is_deep, is_writable
 from .plan_file import Plan, TensorPlan
 from .verify_numbers import SIZES
 from .verify_results import Findings
@@ -27,8 +29,11 @@ __all__ = [
     "OutputTensor",
     "check_files",
     "check_index",
+    "has_size",
+    "is_inside",
     "read_manifest",
     "sha256",
+    "weights",
 ]
 
 MANIFEST = "cpimerge_manifest.json"
@@ -106,14 +111,19 @@ def read_manifest(out: Path) -> tuple[Manifest, bytes]:
 
 
 def _parsed(raw: bytes) -> Any:
-    """JSON without duplicate keys. Raises ValueError."""
+    """JSON of a few levels, without duplicate keys, that can be written again. Raises ValueError or RecursionError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key stands there twice")
         return dict(pairs)
 
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    if is_deep(value):
+        raise ValueError("it is nested too deeply")
+    if not is_writable(raw, value):
+        raise ValueError("it has text that is not Unicode")
+    return value
 
 
 def sha256(file: Path) -> str:
@@ -130,20 +140,35 @@ def check_files(out: Path, manifest: Manifest, findings: Findings) -> int:
     """Compare sizes, and the hashes of all but the weights, with the manifest; returns how many hashes agree."""
     agree = 0
     for name, described in (manifest.shards | manifest.files).items():
-        file = out / name
         if not is_inside(name):
             findings.fail(out / MANIFEST, f"describes {name!r}, which is no file of the output")
-        elif not file.is_file():
-            findings.fail(file, "missing, though the manifest names it")
-        elif (size := file.stat().st_size) != described.size:
-            findings.fail(file, f"{size} bytes, {described.size} in the manifest")
+        elif (fault := _size_fault(out / name, described.size)) is not None:
+            findings.fail(out / name, fault)
         elif name not in manifest.shards:
-            agree += _agrees(file, described, findings)
+            agree += _agrees(out / name, described, findings)
     for name in sorted(manifest.shards.keys() & manifest.files.keys()):
         findings.fail(out / MANIFEST, f"describes {name!r} twice")
     known = {*manifest.shards, *manifest.files, MANIFEST}
     findings.notes.extend(f"{out / name}: is not of the merge" for name in sorted({*_files(out)} - known))
     return agree
+
+
+def _size_fault(file: Path, expected: int) -> str | None:
+    """What is wrong with a file that should have so many bytes, before it is opened."""
+    try:
+        found = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing, though the manifest names it"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return "missing, though the manifest names it: what is there is no file"
+    return None if found.st_size == expected else f"{found.st_size} bytes, {expected} in the manifest"
+
+
+def has_size(file: Path, expected: int) -> bool:
+    """Whether it is there, and has so many bytes."""
+    return _size_fault(file, expected) is None
 
 
 def _agrees(file: Path, described: File, findings: Findings) -> bool:

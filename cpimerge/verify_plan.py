@@ -37,11 +37,12 @@ def find_plan(out: Path, manifest: Manifest, given: Path | None) -> Path:
                 f"{manifest.plan_xxh3}. It was edited since, or is of another merge"
             )
         return given
-    beside = out.absolute().parent
     try:
-        places = sorted(path for path in beside.iterdir() if (path / PLAN_FILE).is_file())
+        above = dict.fromkeys((Path(os.path.abspath(out)).parent, out.resolve().parent))  # where a link is, and leads
+        beside = sorted(path for place in above for path in place.iterdir())
     except OSError as error:
-        raise PlanError(f"{beside}: cannot be read: {error.strerror}") from error
+        raise PlanError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    places = [path for path in beside if os.path.isfile(path / PLAN_FILE)]  # not where nobody may look
     for place in places:
         try:
             if _hash(place / PLAN_FILE) == manifest.plan_xxh3:

@@ -126,8 +126,8 @@ class Tallies:
             tally.gram = gram
             return
         tally.gram = None
-        settings = self.plan.settings
-        rest = settings.rest if settings.space == "delta" else 1.0
+        assert self.numbers is not None
+        rest = float(self.numbers.recipe.rest) if self.plan.settings.space == "delta" else 1.0
         expected, angles = folded(gram, self._omegas(tally.planned.name), rest)
         found = self.coefficients(tally.planned, chunk, rows)
         tally.deviation = max(tally.deviation, deviation(found, expected))

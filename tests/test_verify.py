@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -138,6 +140,14 @@ def test_chunks_of_the_real_size(tmp_path: Path, granularity: str, threads: int)
     assert found.cores == 2
 
 
+def test_updates_of_very_different_sizes(tmp_path: Path) -> None:
+    """What moved least is not lost beside what moved most, in the sums over a core and over the rest."""
+    base = {"weight": torch.zeros(100)}
+    save(tmp_path / "base", base)
+    save(tmp_path / "a", {"weight": torch.tensor([1e4] * 10 + [1e-11] * 90)})
+    check(tmp_path, simple(tmp_path, "a"))
+
+
 def simple(directory: Path, *tasks: str, **parameters: Any) -> Path:
     """A recipe of `base` and tasks below `directory`."""
     keys: dict[str, Any] = {"base_model": directory / "base", "models": [{"model": directory / t} for t in tasks]}
@@ -260,6 +270,14 @@ def _space(raw: dict[str, Any]) -> None:
     raw["settings"]["space"] = "delta"
 
 
+def _rest(raw: dict[str, Any]) -> None:
+    raw["settings"]["rest"] = 0.5
+
+
+def _tau(raw: dict[str, Any]) -> None:
+    raw["settings"]["tau"] = 0.5
+
+
 def _dtype(raw: dict[str, Any]) -> None:
     raw["tensors"][1]["dtype"] = "F32"
 
@@ -271,6 +289,8 @@ def _dtype(raw: dict[str, Any]) -> None:
         (_stages, "its stages are not those"),
         (_conflict, "conflict is mean"),
         (_space, "space is delta"),
+        (_rest, "rest is 0.5, in its recipe 1.0"),
+        (_tau, "tau is 0.5, in its recipe 0.1"),
         (_dtype, ""),
     ],
 )
@@ -284,6 +304,24 @@ def test_a_plan_edited_before_it_was_fused(
     found = cpimerge.verify(tmp_path / "out", **LIMITS)
     assert found.failures == ()
     assert any(noted in note for note in found.notes) if noted else not found.notes
+
+
+def test_coefficients_are_judged_by_the_recipes_rest(tmp_path: Path) -> None:
+    """Not by what an edited plan says of it."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["settings"]["rest"] = 0.5
+        for tensor in raw["tensors"]:
+            if tensor["blend"]:
+                tensor["blend"]["coefficients"] = [x / 2 for x in tensor["blend"]["coefficients"]]
+
+    recipe = write_case(tmp_path, fine_tunes(["a", "b", "c"]), reference.Settings(space="delta"))
+    cpimerge.plan(recipe, tmp_path / "plan", **LIMITS)
+    edit(tmp_path / "plan", change)
+    cpimerge.fuse(tmp_path / "plan", tmp_path / "out", **LIMITS)
+    found = cpimerge.verify(tmp_path / "out", **LIMITS)
+    assert found.failures == ()
+    assert any(EDITED in note for note in found.notes)
 
 
 # --- where the plan is ------------------------------------------------------------------------------
@@ -304,6 +342,34 @@ def test_the_plan_is_found_beside_the_output_by_its_hash(made: Path, tmp_path: P
     (tmp_path / "other" / "plan.json").write_text("{}")
     (tmp_path / "none").mkdir()
     assert cpimerge.verify(str(tmp_path / "out"), **LIMITS).plan == str(tmp_path / "z")
+
+
+def test_the_plan_is_found_beside_where_an_output_really_lies(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(made / "out")
+    assert cpimerge.verify(tmp_path / "link", **LIMITS).plan == str(made / "plan")
+    shutil.copytree(made, tmp_path / "made")
+    (tmp_path / "made" / "out" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "made" / "out" / "sub")
+    assert cpimerge.verify("..", **LIMITS).ok
+
+
+def test_a_directory_beside_it_that_may_not_be_read_is_passed_over(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are some in any /tmp."""
+    shutil.copytree(made, tmp_path / "made")
+    real = os.stat
+
+    def refused(path: Any, *more: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path / "made" / "closed" / "p")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more, **named)
+
+    (tmp_path / "made" / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    assert cpimerge.verify(tmp_path / "made" / "out", **LIMITS).ok
 
 
 def test_a_plan_elsewhere_is_given(made: Path, tmp_path: Path) -> None:

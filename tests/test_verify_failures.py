@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -243,6 +245,27 @@ def test_a_manifest_that_is_written_otherwise(home: Path) -> None:
     assert only(refuse(home)) == Failure(str(file), "is not written as fuse writes it")
 
 
+@pytest.mark.parametrize("place", ["files", "shards", "recipe"])
+def test_a_manifest_with_half_a_surrogate_pair(home: Path, place: str) -> None:
+    """JSON can say it, and no file can hold it."""
+    file = home / "out" / MANIFEST
+    manifest = json.loads(file.read_bytes())
+    manifest[place] = "\ud800" if place == "recipe" else manifest[place] | {"\ud800": {"size": 1, "sha256": "0"}}
+    file.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    with pytest.raises(cpimerge.OutputError, match=r"cpimerge_manifest\.json: is not a manifest: .*not Unicode"):
+        verify(home)
+
+
+def test_a_manifest_that_is_too_deep(home: Path) -> None:
+    """Python's writer gives up before its reader does, or at another depth."""
+    file = home / "out" / MANIFEST
+    whole = file.read_text(encoding="utf-8")
+    for depth in (70, 300, *range(sys.getrecursionlimit() - 120, sys.getrecursionlimit(), 2), 2000, 5000):
+        file.write_text(whole.replace('"stages": [', f'"stages": [{"[" * depth}{"]" * depth},', 1), encoding="utf-8")
+        with pytest.raises(cpimerge.OutputError, match=r"cpimerge_manifest\.json: is not a manifest: "):
+            verify(home)
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 
@@ -285,6 +308,28 @@ def test_names_that_lead_out(home: Path) -> None:
     problems = [failure.problem for failure in refuse(home)]
     assert len(problems) == 5
     assert all("which is no file of the output" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("place", ["files", "shards"])
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "y", "README.md/x", "config.json/", "é" * 200])
+def test_names_that_no_file_can_have(home: Path, place: str, name: str) -> None:
+    file = home / "out" / MANIFEST
+    manifest = json.loads(file.read_bytes())
+    manifest[place][name] = {"size": 1, "sha256": "0"}
+    file.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert any(name in failure.file + failure.problem for failure in refuse(home))
+
+
+def test_a_file_that_may_not_be_seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, closed = os.stat, str(home / "out" / "config.json")
+
+    def refused(path: Any, *more: Any, **named: Any) -> os.stat_result:
+        if str(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert only(refuse(home)) == Failure(closed, "cannot be read: Permission denied")
 
 
 def test_no_manifest(home: Path) -> None:
