@@ -288,8 +288,12 @@ def test_merge_goes_on_when_an_input_is_back(models: Path, tmp_path: Path) -> No
             (tmp_path / "in" / name / file).write_bytes(content)
     recipe = write_recipe(tmp_path / "in" / "recipe.yml", **recipe_keys(tmp_path / "in"))
     base, away = tmp_path / "in" / "base", tmp_path / "in" / "away"
+
+    def unplug(plan: Plan) -> None:
+        base.rename(away)
+
     with pytest.raises(cpimerge.CheckpointError, match="base: no such directory"):
-        cpimerge.merge(recipe, tmp_path / "out", planned=lambda plan: base.rename(away), **LIMITS)
+        cpimerge.merge(recipe, tmp_path / "out", planned=unplug, **LIMITS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.merge", "in"]
     away.rename(base)
     watcher = Watcher()

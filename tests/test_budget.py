@@ -12,7 +12,16 @@ MB = 1_000_000
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("512MB", 512 * MB), ("2 GiB", 2 << 30), ("1.5gb", 1500 * MB), ("1000", 1000), (7, 7), ("3kb", 3000), ("9B", 9), ("1.1GB", 1100 * MB)],
+    [
+        ("512MB", 512 * MB),
+        ("2 GiB", 2 << 30),
+        ("1.5gb", 1500 * MB),
+        ("1000", 1000),
+        (7, 7),
+        ("3kb", 3000),
+        ("9B", 9),
+        ("1.1GB", 1100 * MB),
+    ],
 )
 def test_parse_size(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes

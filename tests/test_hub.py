@@ -244,7 +244,9 @@ def test_what_was_planned_can_be_fetched_again(
     cpimerge.plan(published, tmp_path / "plan", download="cache", **LIMITS)
     (tmp_path / "cache").rename(tmp_path / "gone")
     commit = hub.revisions["org/math"]["main"]
-    with pytest.raises(cpimerge.CheckpointError, match=rf"org/math@{commit}: not in the Hugging Face cache.*--download"):
+    with pytest.raises(
+        cpimerge.CheckpointError, match=rf"org/math@{commit}: not in the Hugging Face cache.*--download"
+    ):
         cpimerge.fuse(tmp_path / "plan", tmp_path / "out", **LIMITS)
     cpimerge.fuse(tmp_path / "plan", tmp_path / "out", download="cache", **LIMITS)
     assert contents(tmp_path / "out") == from_directories

@@ -95,7 +95,7 @@ def is_serialized(data: Stored, elements: int) -> bool:
         if not _is_container(halves[begin:end], size):
             return False
         before = key
-    return end == halves.size
+    return bool(end == halves.size)
 
 
 @compiled

@@ -95,9 +95,7 @@ def listed(*lows: int) -> tuple[int, bytes]:
 
 FULL = (CONTAINER, b"\xff" * 8192)
 COOKIE = 12346
-RUNS = (
-    struct.pack("<I", 12347) + b"\1" + struct.pack("<HHHHH", 0, 0xFFFF, 1, 0, 0xFFFF)
-)  # all of it
+RUNS = struct.pack("<I", 12347) + b"\1" + struct.pack("<HHHHH", 0, 0xFFFF, 1, 0, 0xFFFF)  # all of it
 
 FORGED: dict[str, tuple[bytes, bool]] = {
     "sound": (bitmap(COOKIE, [(0, *listed(1, 5)), (3, *FULL)]), True),
