@@ -16,7 +16,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import numpy.typing as npt
 
-from .kernels.arrays import compiled
+from .kernels.arrays import Doubles, compiled
 
 __all__ = ["LERP_EPSILON", "Fold", "fold", "shares"]
 
@@ -70,7 +70,7 @@ def fold(gram: npt.NDArray[np.float64], order: Sequence[int], omegas: Sequence[f
 
 
 @compiled
-def _fold_rows(gram, omegas, coefficients, cosines):  # type: ignore[no-untyped-def]
+def _fold_rows(gram: Doubles, omegas: Doubles, coefficients: Doubles, cosines: Doubles) -> None:
     """`gram` float64 [R, V, V] in fold order → `coefficients` [R, V], `cosines` [R, V − 1] (NaN where a norm is 0)."""
     for r in range(gram.shape[0]):
         coefficients[r, 0] = 1.0
@@ -93,7 +93,7 @@ def _fold_rows(gram, omegas, coefficients, cosines):  # type: ignore[no-untyped-
 
 
 @compiled
-def _slerp_shares(cosine, t):  # type: ignore[no-untyped-def]
+def _slerp_shares(cosine: float, t: float) -> tuple[float, float]:
     """The factors of v0 and v1 in slerp(v0, v1, t); a NaN cosine (a norm is 0) is a lerp."""
     if abs(cosine) <= 1.0 - LERP_EPSILON:
         omega = math.acos(cosine)

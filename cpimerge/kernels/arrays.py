@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -17,11 +17,13 @@ Words = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
 Stored = npt.NDArray[np.uint8]
 
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
 WORD = 64  # elements of a word of bits
 TILE = 4096  # elements that stay in the second-level cache at most
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Kernel) -> Kernel:
     """Compile a kernel when it is first called, and keep it for later runs, where there is a place for it."""
     compiles: Any = numba.njit(nogil=True, error_model="numpy")(function)
     with suppress(RuntimeError):  # where nothing may be written, neither beside the source nor at home
@@ -33,4 +35,4 @@ def compiled(function: Callable[..., Any]) -> Any:
                 save(*what)
 
         compiles._cache.save_overload = save_if_possible
-    return compiles
+    return cast(Kernel, compiles)
