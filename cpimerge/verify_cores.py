@@ -35,6 +35,7 @@ OFFSETS_FROM = 4  # containers, in a file with runs
 MAX_KEYS = 1 << 16
 READ_BYTES = 1 << 20
 MAX_ELEMENTS = 1 << 18  # of a chunk
+MAX_STEPS = 16  # directories that a recipe climbs
 
 Places = npt.NDArray[np.int64]
 
@@ -196,13 +197,15 @@ def numbers_of(plan: Plan, findings: Findings, file: Path) -> RecipeNumbers | No
 def _recipe_of(plan: Plan) -> Recipe | None:
     """The recipe as parsed where it lay, which the plan does not say: somewhere about the models.
 
-    It matters where a model is called `.` or so, or the base is listed among the models under another path.
+    It matters where a model is called `.` or so, or the base is listed among the models under another path: as deep
+    below one of them as the recipe climbs.
     """
     from .recipe import parse_recipe
 
     paths = [Path(path) for entry in plan.inputs for path in (entry.path, entry.adapter) if path]
     near = [parent for path in paths if path.is_absolute() for parent in (path, *path.parents)]
-    for directory in dict.fromkeys(place / deeper for place in (*near, Path("/")) for deeper in ("", "_", "_/_")):
+    deeper = ["_/" * steps for steps in range(1 + min(plan.recipe.count(".."), MAX_STEPS))]
+    for directory in dict.fromkeys(place / inner for inner in deeper for place in (*near, Path("/"))):
         try:
             recipe = parse_recipe(plan.recipe, None, directory)
         except RecipeError:

@@ -24,6 +24,7 @@ __all__ = ["Job", "chunks_of", "content_hash", "jobs_of", "open_inputs", "verify
 CHUNK = 1 << 18  # elements; docs/plan.md says what a chunk is
 CHUNK_ROWS = 1 << 11
 TOGETHER = 256  # chunks that a worker takes at a time, where they are small
+ROW = 128  # elements that a row counts for there: what is found of it takes as much memory, however short it is
 PHASE = "verify"
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +66,7 @@ def jobs_of(each: Iterator[Job]) -> Iterator[list[Job]]:
     size = 0
     for job in each:
         some.append(job)
-        size += job.chunk.size
+        size += max(job.chunk.size, ROW * job.chunk.rows)
         if size >= CHUNK or len(some) == TOGETHER:
             yield some
             some, size = [], 0

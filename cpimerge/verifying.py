@@ -85,21 +85,19 @@ def verify_output(
     check_manifest(out, manifest, output.raw, plan, findings)
     files = weights(out, manifest, plan, findings)
     check_index(out, manifest, files, findings)
+    counts, cores = Counts(), 0
+    hashes: dict[str, str] = {}
     with ExitStack() as stack:
         parts = _parts(output, find, findings, stack)
-        numbers = numbers_of(plan, findings, output.plan_dir / PLAN_FILE)
-        pools = pools_of(plan, numbers, findings, output.plan_dir / PLAN_FILE)
-        tallies = Tallies(plan, numbers, pools, {one.planned.name: file.file for file in files for one in file.tensors})
-        counts = Counts()
-        hashes: dict[str, str] = {}
-        if parts is not None:
+        if parts is None:  # nor is it asked where the recipe was, from paths that lead nowhere
+            findings.notes.append("the elements were not compared, for want of what is told as wrong")
+        else:
+            tallies = _tallies(output, files, findings)
             pool = stack.enter_context(workers(budget.threads, len(plan.inputs)))
             run = _Pass(output, parts, tallies, pool, sample)
             hashes = run.run(files, progress)
-            counts = run.counts
+            counts, cores = run.counts, tallies.cores
             tallies.conclude(output.plan_dir, parts.inputs, sample is None and _has_all(plan, files), findings)
-        else:
-            findings.notes.append("the elements were not compared, for want of what is told as wrong")
     if sample is None:
         agree += _compare_hashes(out, manifest, hashes, findings)
     return Verification(
@@ -108,11 +106,19 @@ def verify_output(
         sample=None if sample is None else float(sample),
         files=agree,
         tensors=sum(len(file.tensors) for file in files) if parts else 0,
-        cores=tallies.cores if parts else 0,
+        cores=cores,
         **asdict(counts),
         failures=tuple(findings.failures),
         notes=tuple(findings.notes),
     )
+
+
+def _tallies(output: Output, files: Sequence[OutputFile], findings: Findings) -> Tallies:
+    """Nothing seen yet, and what must be seen by the recipe."""
+    plan, told = output.plan, output.plan_dir / PLAN_FILE
+    numbers = numbers_of(plan, findings, told)
+    pools = pools_of(plan, numbers, findings, told)
+    return Tallies(plan, numbers, pools, {one.planned.name: file.file for file in files for one in file.tensors})
 
 
 def _has_all(plan: Plan, files: Sequence[OutputFile]) -> bool:

@@ -223,14 +223,16 @@ def test_models_of_the_hub(published: Path, hub: Hub, tmp_path: Path) -> None:
     assert len(hub.requests) == asked
 
 
-def test_a_recipe_that_is_not_found_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", [1, 6])
+def test_a_recipe_that_is_not_found_again(tmp_path: Path, depth: int) -> None:
     """What a recipe's paths mean depends on where it was: a model called `.`, the base among the models."""
     case = fine_tunes(["a", "b"])
     write_case(tmp_path, case, reference.Settings())
-    inner = tmp_path / "a" / "recipes"
-    inner.mkdir()
+    inner = tmp_path / "a" / "/".join(["recipes"] * depth)
+    inner.mkdir(parents=True)
     keys: dict[str, Any] = {"base_model": str(tmp_path / "base"), "parameters": {"density": 0.3}}
-    models = [{"model": "../../base"}, {"model": ".."}, {"model": "../../b"}]
+    up = "/".join([".."] * depth)
+    models = [{"model": f"{up}/../base"}, {"model": up}, {"model": f"{up}/../b"}]
     recipe = write_recipe(inner / "recipe.yml", **keys, models=models)
     found = merged(tmp_path, recipe)
     assert (found.failures, found.notes) == ((), ())

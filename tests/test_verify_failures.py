@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -703,6 +704,21 @@ def test_a_recipe_that_is_another(home: Path) -> None:
         change_manifest(home)
         assert any(problem in failure.problem for failure in refuse(home))
         edit(home / "plan", partial(write_recipe_into, text))
+
+
+def test_a_path_without_end(home: Path) -> None:
+    """The recipe is not looked for in each of its parents."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["inputs"][1]["path"] = "/a" * 200_000
+
+    edit(home / "plan", change)
+    change_manifest(home)
+    with mock.patch("cpimerge.recipe.parse_recipe", side_effect=AssertionError):
+        found = verify(home)
+    assert any(failure.file == "input 'a'" for failure in found.failures)
+    assert found.elements == found.cores == 0
+    assert found.notes[-1].startswith("the elements were not compared")
 
 
 def write_recipe_into(text: str, raw: dict[str, Any]) -> None:

@@ -270,6 +270,23 @@ def test_chunks_are_those_of_the_document(shape: tuple[int, ...], granularity: s
             assert chunk is found[-1] or chunk.size == min(262_144 // row, 2048) * row
 
 
+@pytest.mark.parametrize(
+    ("shape", "granularity", "most"),
+    [((100_000, 1), "row", 1), ((100_000, 3), "row", 1), ((10, 300_000), "row", 2), ((600_000,), "tensor", 1)],
+)
+def test_a_worker_takes_no_more_than_fits(shape: tuple[int, ...], granularity: str, most: int) -> None:
+    """Of short rows, too, which each have a Gram matrix."""
+    every = [verify_sources.Job("x", number, chunk) for number, chunk in enumerate(verify_sources.chunks_of(shape, granularity))]
+    jobs = [*verify_sources.jobs_of(iter(every))]
+    assert [job for some in jobs for job in some] == every
+    assert max(map(len, jobs)) == most
+
+
+def test_a_worker_takes_small_chunks_together() -> None:
+    every = [verify_sources.Job(str(number), 0, chunk) for number in range(600) for chunk in verify_sources.chunks_of((8, 8), "row")]
+    assert [len(some) for some in verify_sources.jobs_of(iter(every))] == [256, 256, 88]
+
+
 def test_a_files_hash(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes((1 << 20) + 5)
     (tmp_path / "x").write_bytes(data)
