@@ -109,7 +109,8 @@ class Tallies:
         """float32 [R, V] of the rows that the chunk touches."""
         assert tensor.blend is not None
         if tensor.blend.coefficients is not None:
-            return np.array([tensor.blend.coefficients], np.float32)
+            with np.errstate(over="ignore"):  # what no float32 holds gives nothing finite, which is told
+                return np.array([tensor.blend.coefficients], np.float32)
         assert rows is not None
         first = tensor.first_row + chunk.start // chunk.row
         return np.array(rows[first : first + chunk.rows])
@@ -128,9 +129,10 @@ class Tallies:
         tally.gram = None
         assert self.numbers is not None
         rest = float(self.numbers.recipe.rest) if self.plan.settings.space == "delta" else 1.0
-        expected, angles = folded(gram, self._omegas(tally.planned.name), rest)
         found = self.coefficients(tally.planned, chunk, rows)
-        tally.deviation = max(tally.deviation, deviation(found, expected))
+        with np.errstate(invalid="ignore", over="ignore"):  # of inputs that changed
+            expected, angles = folded(gram, self._omegas(tally.planned.name), rest)
+            tally.deviation = max(tally.deviation, deviation(found, expected))
         blend = tally.planned.blend
         if blend is not None and blend.coefficients is not None and not _same_angles(blend.angles, angles[0]):
             tally.deviation = max(tally.deviation, np.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -25,7 +26,7 @@ from checkpoints import Case, save, write_case, write_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_semantics import fine_tunes
 from trees import files
 from verified import edit, flip, read_cores, write_cores
@@ -762,6 +763,36 @@ def test_any_bit_of_an_input(whole: Path, data: st.DataObject) -> None:
         assert failure.problem == "changed since it was planned"
     elif name != "base":  # without which others cannot be opened
         assert all(str(whole / name) in str(failure) for failure in found.failures)
+
+
+@pytest.mark.parametrize("name", ["plain", "by row"])
+@pytest.mark.parametrize("model", ["base", "a", "b"])
+def test_inputs_that_became_infinite(originals: dict[str, Path], tmp_path: Path, name: str, model: str) -> None:
+    """Without a warning of numpy's, which pytest makes an error."""
+    shutil.copytree(originals[name], tmp_path, dirs_exist_ok=True)
+    edit(tmp_path / "plan", lambda raw: [entry.update(path=str(tmp_path / entry["name"])) for entry in raw["inputs"]])
+    change_manifest(tmp_path)
+    assert verify(tmp_path).ok
+    file = tmp_path / model / "model.safetensors"
+    tensors = load_file(file)
+    tensor = max((x for x in tensors.values() if x.is_floating_point()), key=torch.numel)
+    tensor.view(-1)[:3] = torch.tensor([math.inf, -math.inf, math.nan])
+    tensor.view(-1)[-3:] = torch.tensor([math.nan, math.inf, -math.inf])
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert any(failure.problem == "changed since it was planned" for failure in refuse(tmp_path))
+
+
+def test_coefficients_beyond_float32(home: Path) -> None:
+    """None that `fuse` would take."""
+
+    def change(raw: dict[str, Any]) -> None:
+        for tensor in raw["tensors"]:
+            if tensor["blend"]:
+                tensor["blend"]["coefficients"] = [1e300, -1e300, 0.0]
+
+    edit(home / "plan", change)
+    change_manifest(home)
+    assert any(failure.problem == "is not the blend that its coefficients give" for failure in refuse(home))
 
 
 def test_all_inputs_that_changed_are_listed(whole: Path) -> None:

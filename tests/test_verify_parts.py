@@ -276,14 +276,16 @@ def test_chunks_are_those_of_the_document(shape: tuple[int, ...], granularity: s
 )
 def test_a_worker_takes_no_more_than_fits(shape: tuple[int, ...], granularity: str, most: int) -> None:
     """Of short rows, too, which each have a Gram matrix."""
-    every = [verify_sources.Job("x", number, chunk) for number, chunk in enumerate(verify_sources.chunks_of(shape, granularity))]
+    chunks = verify_sources.chunks_of(shape, granularity)
+    every = [verify_sources.Job("x", number, chunk) for number, chunk in enumerate(chunks)]
     jobs = [*verify_sources.jobs_of(iter(every))]
     assert [job for some in jobs for job in some] == every
     assert max(map(len, jobs)) == most
 
 
 def test_a_worker_takes_small_chunks_together() -> None:
-    every = [verify_sources.Job(str(number), 0, chunk) for number in range(600) for chunk in verify_sources.chunks_of((8, 8), "row")]
+    (chunk,) = verify_sources.chunks_of((8, 8), "row")
+    every = [verify_sources.Job(str(number), 0, chunk) for number in range(600)]
     assert [len(some) for some in verify_sources.jobs_of(iter(every))] == [256, 256, 88]
 
 
