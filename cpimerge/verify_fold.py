@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -12,12 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from .plan_file import Blend
     from .recipe import Recipe
 
-__all__ = ["TOLERANCE", "deviation", "folded", "omegas", "stages_of"]
+__all__ = ["TOLERANCE", "Steps", "deviation", "folded", "omegas", "stages_of"]
 
 TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
 EPSILON = 5e-4
+BORDER = 1e-9  # of a cosine: so near to the border of slerp and lerp, either is right
+CLOSE_DEGREES = 0.01
 CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
 
 Doubles = npt.NDArray[np.float64]
@@ -78,3 +82,50 @@ def deviation(planned: npt.NDArray[np.float32], expected: Doubles) -> float:
     if not planned.size:
         return 0.0
     return float((np.abs(planned - expected) / np.maximum(np.abs(expected), 1)).max())
+
+
+@dataclass
+class Steps:
+    """The steps of a tensor's folds so far: how many, at least and at most how many slerps, and their angles."""
+
+    count: int = 0
+    slerps_least: int = 0
+    slerps_most: int = 0
+    angles: Doubles | None = None  # degrees, or NaN: of the last row
+    known: int = 0
+    total: float = 0.0
+    smallest: float = np.inf
+    largest: float = -np.inf
+
+    def add(self, angles: Doubles) -> None:
+        """`angles` [R, V − 1] in degrees, or NaN where a norm is 0."""
+        self.count += angles.size
+        if len(angles):
+            self.angles = angles[-1]
+        found = angles[~np.isnan(angles)]
+        cosines = np.abs(np.cos(np.radians(found)))
+        self.slerps_least += int(np.count_nonzero(cosines < 1 - EPSILON - BORDER))
+        self.slerps_most += int(np.count_nonzero(cosines < 1 - EPSILON + BORDER))
+        self.known += found.size
+        self.total += float(found.sum())
+        self.smallest = min(self.smallest, float(found.min(initial=np.inf)))
+        self.largest = max(self.largest, float(found.max(initial=-np.inf)))
+
+    def are(self, blend: Blend) -> bool:
+        """Whether a plan says the same: each angle, or of rows the smallest, mean and largest."""
+        slerps = self.slerps_least <= blend.slerped <= self.slerps_most
+        return blend.steps == self.count and slerps and _same_angles(blend.angles, self._summary(blend))
+
+    def _summary(self, blend: Blend) -> list[float]:
+        if blend.coefficients is not None:
+            return [] if self.angles is None else self.angles.tolist()
+        return [self.smallest, self.total / self.known, self.largest] if self.known else []
+
+
+def _same_angles(planned: Sequence[float | None], found: Sequence[float]) -> bool:
+    if len(planned) != len(found):
+        return False
+    return all(
+        np.isnan(other) if said is None else abs(said - other) <= CLOSE_DEGREES
+        for said, other in zip(planned, found, strict=True)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -18,14 +18,13 @@ from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
 from .verify_cores import Pool, RecipeNumbers
 from .verify_elements import Fault, Seen
-from .verify_fold import TOLERANCE, deviation, folded, omegas, stages_of
+from .verify_fold import TOLERANCE, Steps, deviation, folded, omegas, stages_of
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
 
 __all__ = ["Tallies", "Tally"]
 
 CLOSE = 1e-9  # of sums that were added up in another order
-CLOSE_DEGREES = 0.01
 FLOATS = ("F32", "BF16", "F16")
 
 
@@ -44,6 +43,7 @@ class Tally:
     problem: str = ""
     gram: npt.NDArray[np.float64] | None = None  # of the row that is not complete
     deviation: float = 0.0
+    steps: Steps = field(default_factory=Steps)
 
     def add_digests(self, digests: Sequence[int]) -> None:
         for known, new in zip(self.digests, digests, strict=False):
@@ -133,9 +133,7 @@ class Tallies:
         with np.errstate(invalid="ignore", over="ignore"):  # of inputs that changed
             expected, angles = folded(gram, self._omegas(tally.planned.name), rest)
             tally.deviation = max(tally.deviation, deviation(found, expected))
-        blend = tally.planned.blend
-        if blend is not None and blend.coefficients is not None and not _same_angles(blend.angles, angles[0]):
-            tally.deviation = max(tally.deviation, np.inf)
+            tally.steps.add(angles)
 
     def _omegas(self, name: str) -> list[float]:
         assert self.numbers is not None
@@ -309,22 +307,16 @@ class Tallies:
 
     def _edits(self, findings: Findings, file: Path) -> None:
         """A note where coefficients are not those that the recipe gives: they may be edited."""
-        other = [tally for tally in self.read.values() if tally.deviation > TOLERANCE]
+        if self.numbers is None:
+            return
+        every = [(self.of(tensor.name), tensor.blend) for tensor in self.plan.tensors if tensor.blend is not None]
+        other = [tally for tally, blend in every if tally.deviation > TOLERANCE or not tally.steps.are(blend)]
         if other:
             first = other[0].planned.name
             findings.notes.append(
-                f"{file}: coefficients or angles of {len(other):,} tensors, the first {first!r}, are not those that "
-                "the recipe gives: edited by hand? The output was compared with them as they are"
+                f"{file}: coefficients, angles or slerps of {len(other):,} tensors, the first {first!r}, are not those "
+                "that the recipe gives: edited by hand? The output was compared with them as they are"
             )
-
-
-def _same_angles(planned: Sequence[float | None], angles: npt.NDArray[np.float64]) -> bool:
-    if len(planned) != len(angles):
-        return False
-    return all(
-        np.isnan(found) if said is None else abs(said - found) <= CLOSE_DEGREES
-        for said, found in zip(planned, angles.tolist(), strict=True)
-    )
 
 
 def _sum(parts: Iterable[Any], shape: tuple[int, ...]) -> Any:

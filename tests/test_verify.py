@@ -308,6 +308,25 @@ def test_a_plan_edited_before_it_was_fused(
     assert any(noted in note for note in found.notes) if noted else not found.notes
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("key", ["angles", "steps", "slerped"])
+def test_what_a_plan_says_of_a_fold(tmp_path: Path, granularity: str, key: str) -> None:
+    """The manifest repeats it."""
+
+    def change(raw: dict[str, Any]) -> None:
+        blend = next(tensor["blend"] for tensor in raw["tensors"] if tensor["blend"] and tensor["blend"]["angles"])
+        blend[key] = [*blend[key][:-1], blend[key][-1] + 0.02] if key == "angles" else blend[key] + 1
+
+    s = reference.Settings(granularity=granularity, space="delta")
+    check(tmp_path, write_case(tmp_path, fine_tunes(["a", "b", "c"]), s))
+    edit(tmp_path / "plan", change)
+    cpimerge.fuse(tmp_path / "plan", tmp_path / "other", **LIMITS)
+    found = cpimerge.verify(tmp_path / "other", **LIMITS)
+    assert found.failures == ()
+    (note,) = found.notes
+    assert EDITED in note
+
+
 def test_coefficients_are_judged_by_the_recipes_rest(tmp_path: Path) -> None:
     """Not by what an edited plan says of it."""
 
