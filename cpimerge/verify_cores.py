@@ -51,11 +51,14 @@ class CoreFile:
             self._handle = open_ordinary(file)
         except OSError as error:
             raise PlanError(f"{file}: cannot be read: {error.strerror}") from error
-        size = os.fstat(self._handle).st_size
-        fits = size <= chunks * _most_bytes(MAX_ELEMENTS) and self.offsets[0] == 0 and self.offsets[-1] == size
-        if not fits or self._hash() != expected_xxh3:
+        try:
+            size = os.fstat(self._handle).st_size
+            fits = size <= chunks * _most_bytes(MAX_ELEMENTS) and self.offsets[0] == 0 and self.offsets[-1] == size
+            if not fits or self._hash() != expected_xxh3:
+                raise PlanError(f"{file}: it or its offsets are not what the plan was saved with")
+        except PlanError:
             self.close()
-            raise PlanError(f"{file}: it or its offsets are not what the plan was saved with")
+            raise
 
     def close(self) -> None:
         os.close(self._handle)
@@ -66,17 +69,23 @@ class CoreFile:
         if not 0 <= end - begin <= _most_bytes(elements):
             raise PlanError(f"{self.file}: chunk {chunk}: {end - begin} bytes are no bitmap of {elements} elements")
         try:
-            found = positions_in(os.pread(self._handle, end - begin, begin))
+            found = positions_in(self._read(end - begin, begin))
         except ValueError as error:
             raise PlanError(f"{self.file}: chunk {chunk}: {error}") from error
         if found.size and (found[-1] >= elements or (np.diff(found) <= 0).any()):
             raise PlanError(f"{self.file}: chunk {chunk}: positions do not ascend within its {elements} elements")
         return found
 
+    def _read(self, size: int, place: int) -> bytes:
+        try:
+            return os.pread(self._handle, size, place)
+        except OSError as error:
+            raise PlanError(f"{self.file}: cannot be read: {error.strerror}") from error
+
     def _hash(self) -> str:
         digest = xxhash.xxh3_128()
         place = 0
-        while block := os.pread(self._handle, READ_BYTES, place):
+        while block := self._read(READ_BYTES, place):
             digest.update(block)
             place += len(block)
         digest.update(self.offsets.tobytes())

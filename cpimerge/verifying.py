@@ -23,6 +23,7 @@ from .budget import Budget
 from .checkpoint import Checkpoint
 from .errors import OutputError, PlanError
 from .models import Locate
+from .ordinary import open_ordinary
 from .plan_file import PLAN_FILE, Plan
 from .stream import Workers, workers
 from .verify_cores import CoreFile, numbers_of, pools_of
@@ -230,7 +231,10 @@ class _Pass:
     def _results(self, file: OutputFile) -> Iterator[_Result]:
         """Of the file's chunks in order, looked at by the workers."""
         offsets = {tensor.planned.name: tensor for tensor in file.tensors}
-        handle = os.open(file.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            handle = open_ordinary(file.file)
+        except OSError as error:
+            raise OutputError(f"{file.file}: cannot be read: {error.strerror}") from error
         try:
 
             def look(jobs: list[Job]) -> list[_Result]:
@@ -244,7 +248,11 @@ class _Pass:
     def _look(self, tensor: OutputTensor, job: Job, handle: int, file: OutputFile) -> _Result:
         planned, sources = tensor.planned, self.sources[job.name]
         item = planned.output.nbytes // max(1, planned.output.elements)
-        data = np.frombuffer(os.pread(handle, job.chunk.size * item, tensor.offset + job.chunk.start * item), np.uint8)
+        try:
+            raw = os.pread(handle, job.chunk.size * item, tensor.offset + job.chunk.start * item)
+        except OSError as error:
+            raise OutputError(f"{file.file}: tensor {job.name!r}: cannot be read: {error.strerror}") from error
+        data = np.frombuffer(raw, np.uint8)
         if data.size != job.chunk.size * item:
             raise OutputError(f"{file.file}: tensor {job.name!r}: the file ended early. It changed while it was read")
         stored = self.pool.read(sources, job.chunk)

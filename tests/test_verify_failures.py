@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from trees import files
 from verified import edit, flip, read_cores, write_cores
 
 import cpimerge
+from cpimerge import verify_sources, verifying
 from cpimerge.card import recipe_without_places
 from cpimerge.plan_file import Plan, plan_hash
 from cpimerge.verify_results import Failure, Verification
@@ -298,6 +300,43 @@ def test_pipes_are_not_waited_for(home: Path) -> None:
         file.unlink()
         file.write_bytes(raw)
     assert verify(home).ok
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".roaring"])
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_disk_that_cannot_be_read(home: Path, suffix: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From some read on: what cannot be read is told by its name."""
+    real, reads = os.pread, itertools.count()
+    broken = {(at.st_dev, at.st_ino) for at in map(os.stat, home.glob(f"*/**/*{suffix}"))}
+
+    def pread(handle: int, *where: int) -> bytes:
+        at = os.fstat(handle)
+        if (at.st_dev, at.st_ino) in broken and next(reads) >= after:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(handle, *where)
+
+    monkeypatch.setattr(os, "pread", pread)
+    failures: tuple[object, ...] = ()
+    try:
+        failures = verify(home).failures
+    except cpimerge.OutputError as error:
+        failures = error.problems
+    assert any(f"{suffix}: " in str(told) and "cannot be read: Input/output error" in str(told) for told in failures)
+
+
+def test_a_file_that_goes_meanwhile(home: Path) -> None:
+    first = min((home / "out").glob("*.safetensors"))
+    opened = verify_sources.open_inputs
+
+    def open_inputs(*given: Any) -> Any:
+        first.unlink(missing_ok=True)
+        return opened(*given)
+
+    with (
+        mock.patch.object(verifying, "open_inputs", open_inputs),
+        pytest.raises(cpimerge.OutputError, match=rf"{first.name}: cannot be read: No such file"),
+    ):
+        verify(home)
 
 
 def test_names_that_lead_out(home: Path) -> None:
