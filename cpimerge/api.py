@@ -120,9 +120,9 @@ def _checked(
     from .staging import check_target
 
     if download:
-        check_target(target.directory, target.force, ())  # before anything is fetched
+        check_target(target, ())  # before anything is fetched
     with _found(loaded, target.directory, download, progress) as (inputs, find):
-        check_target(target.directory, target.force, inputs.directories)
+        check_target(target, inputs.directories)
         yield inputs, find
 
 
@@ -192,7 +192,7 @@ def fuse(  # noqa: PLR0913 - all but two are keywords with a default
     from .models import finding
 
     if download:
-        check_target(target.directory, force, [Path(plan_dir)])  # before anything is fetched
+        check_target(target, [Path(plan_dir)])  # before anything is fetched
     references = [(entry.name, entry.reference) for entry in loaded.inputs]
     with finding(references, target.directory, download, progress) as find:
         return _fuse(loaded, Path(plan_dir), target, (threads, memory), Watch(progress, resumed), find)

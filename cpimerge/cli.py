@@ -326,10 +326,10 @@ def _demo_directory(output: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="cpimerge-demo-") as temporary:
             yield Path(temporary)
         return
-    from .staging import check_target
+    from .staging import Target, check_target
 
     directory = output.expanduser()
-    check_target(directory, True, ())  # forced: what it says of a full one names --force, which the demo lacks
+    check_target(Target(directory, force=True), ())  # what it says of a full one names --force, which the demo lacks
     try:
         directory.mkdir(parents=True, exist_ok=True)
         full = any(directory.iterdir())

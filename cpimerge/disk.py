@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["flush", "flush_data", "held_bytes", "reserve", "write_at"]
+__all__ = ["flush", "flush_all", "flush_data", "held_bytes", "reserve", "write_at"]
 
 KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: space behind the end of the file, which stays where it is
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by this file system
 BLOCK_BYTES = 512  # what st_blocks counts, on every system
 
-flush_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
+FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, whose fsync leaves it in the disk's own memory
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:
@@ -29,9 +31,26 @@ def flush(path: Path) -> None:
     """Have the disk take a file, or the entries of a directory. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(handle)
+        flush_all(handle)
     finally:
         os.close(handle)
+
+
+def flush_all(handle: int) -> None:
+    """Have the disk take an open file, or the entries of a directory. Raises OSError."""
+    if FULL_FLUSH is not None:
+        with suppress(OSError):  # not every file system there offers it
+            fcntl.fcntl(handle, FULL_FLUSH)
+            return
+    os.fsync(handle)
+
+
+def flush_data(handle: int) -> None:
+    """As `flush_all`, but for when the file was last changed, where that can be left. Raises OSError."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(handle)
+    else:
+        flush_all(handle)
 
 
 def reserve(handle: int, nbytes: int) -> None:
@@ -66,5 +85,6 @@ def held_bytes(directory: Path) -> int:
     held = 0
     for place, _, names in os.walk(directory):
         for name in names:
-            held += os.lstat(os.path.join(place, name)).st_blocks * BLOCK_BYTES
+            with suppress(FileNotFoundError):  # another run may be ending there
+                held += os.lstat(os.path.join(place, name)).st_blocks * BLOCK_BYTES
     return held

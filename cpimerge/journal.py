@@ -13,7 +13,7 @@ import xxhash
 
 from .disk import flush_data, write_at
 
-__all__ = ["Journal", "Record"]
+__all__ = ["Journal", "Record", "read_records"]
 
 Record = Mapping[str, Any]
 
@@ -49,6 +49,11 @@ class Journal:
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
+
+
+def read_records(file: Path) -> list[Record]:
+    """The records in `file`, up to the first that is not whole; it is left as it is. Raises OSError."""
+    return _whole_records(file.read_bytes())[0]
 
 
 def _whole_records(data: bytes) -> tuple[list[Record], int]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from . import __version__
 from .disk import flush, held_bytes
 from .errors import ChangedInputError, IncompatibleError, OutputError, PlanError
-from .journal import Journal, Record
+from .journal import Journal, Record, read_records
 from .places import beside, is_directory, locked, output_errors, real_path, remove
 from .writer import MAX_SHARD_BYTES
 
@@ -122,17 +122,17 @@ def staged_directory(target: Target, inputs: Iterable[Path], work: Work) -> Iter
     lies in it. Raises OutputError, also where something else was left unfinished there.
     """
     inputs = tuple(inputs)
-    check_target(target.directory, target.force, inputs)
+    check_target(target, inputs)
     real = real_path(target.directory)
     with output_errors(target.directory), locked(real):
         _restore_replaced(real)
         with _opened(real, target, work) as staging:
             if not staging.is_published:
-                check_target(target.directory, target.force, inputs)
+                check_target(target, inputs)
             with output_errors(target.directory):
                 yield staging
             if not staging.is_published:
-                check_target(target.directory, target.force, inputs)  # much may have happened since
+                check_target(target, inputs)  # much may have happened since
                 _publish(staging.files, real)
         if not target.keep_journal:
             shutil.rmtree(beside(real, "partial"), ignore_errors=True)
@@ -145,7 +145,7 @@ def _opened(real: Path, target: Target, work: Work) -> Iterator[Staging]:
     done = [] if target.restart else _left_over(root, target.directory, work)
     is_published = bool(done) and _was_published(root, real)
     if not is_published and (len(done) < 2 or not is_directory(_files(root))):
-        remove(root)
+        _discard(root)
         done = []
         _files(root).mkdir(parents=True)
     journal = Journal(root / "journal")
@@ -161,10 +161,24 @@ def _opened(real: Path, target: Target, work: Work) -> Iterator[Staging]:
         if (done[1:] or journal.records > recorded) and not isinstance(error, VERDICTS):
             error.add_note(GO_ON)
         else:
-            shutil.rmtree(root, ignore_errors=True)
+            with suppress(OSError):
+                _discard(root)
         raise
     finally:
         journal.close()
+
+
+def _discard(root: Path) -> None:
+    """Delete a staging directory, its journal first: one without `files` would say that they were published."""
+    if is_directory(root):
+        remove(root / "journal")
+        with suppress(OSError):
+            flush(root)
+    remove(root)
+
+
+class _OtherWorkError(OutputError):
+    """What lies there is other work than this."""
 
 
 def _left_over(root: Path, target: Path, work: Work) -> list[Record]:
@@ -174,14 +188,12 @@ def _left_over(root: Path, target: Path, work: Work) -> list[Record]:
     """
     if not is_directory(root) or not (root / "journal").is_file() or (root / "journal").is_symlink():
         return []
-    journal = Journal(root / "journal")
-    journal.close()
-    done = journal.earlier
+    done = read_records(root / "journal")
     if not done or done[0] == work.opening:
         return done
     if len(done) == 1:
         return []
-    raise OutputError(
+    raise _OtherWorkError(
         f"{target}: {root} holds the beginning of {_described(done[0], work)}. Finish that with the command that began "
         "it, give another output directory, or delete what was done of it with --restart"
     )
@@ -222,11 +234,12 @@ def is_published(target: Target) -> bool:
 
     Such a run leaves its journal, which `forget` deletes.
     """
+    if target.restart or target.work is None:
+        return False
     real = real_path(target.directory)
     root = beside(real, "partial")
-    with output_errors(target.directory):
-        left = [] if target.restart or not target.work else _left_over(root, target.directory, target.work)
-        return bool(left) and _was_published(root, real)
+    with output_errors(target.directory), locked(real, target.directory):
+        return bool(_left_over(root, target.directory, target.work)) and _was_published(root, real)
 
 
 def forget(target: Path) -> None:
@@ -265,7 +278,7 @@ def resumable_directory(target: Target, suffix: str) -> Iterator[Path]:
 
     An exception that is a verdict on the inputs deletes it, and so does `restart` at the start.
     """
-    with _beside_target(target.directory, suffix) as directory:
+    with _parents_made(target.directory), _beside_target(target.directory, suffix) as directory:
         if target.restart:
             remove(directory)
         directory.mkdir(exist_ok=True)
@@ -274,10 +287,29 @@ def resumable_directory(target: Target, suffix: str) -> Iterator[Path]:
         except BaseException as error:
             if isinstance(error, VERDICTS) or not any(directory.iterdir()):
                 shutil.rmtree(directory, ignore_errors=True)
-            elif GO_ON not in getattr(error, "__notes__", ()):
+            elif GO_ON not in getattr(error, "__notes__", ()) and not isinstance(error, _OtherWorkError):
                 error.add_note(GO_ON)
             raise
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _parents_made(target: Path) -> Iterator[None]:
+    """Make the directories above `target` at once, so that the next run looks in the same place as this one.
+
+    Those that are empty go again where the run fails.
+    """
+    real = real_path(target)
+    with output_errors(target):
+        missing = [parent for parent in real.parents if not parent.exists()]
+        real.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 @contextmanager
@@ -290,9 +322,10 @@ def _beside_target(target: Path, suffix: str) -> Iterator[Path]:
         yield directory
 
 
-def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
-    """Raise OutputError where `target` must not be written: it holds files or an input, or an input holds it."""
-    real, inputs = real_path(target), tuple(inputs)
+def check_target(goal: Target, inputs: Iterable[Path]) -> None:
+    """Raise OutputError where `goal` must not be written: it holds files or an input, or an input holds it."""
+    target, inputs = goal.directory, tuple(inputs)
+    real = real_path(target)
     kept = list(inputs)
     with suppress(FileNotFoundError):  # a working directory that is gone lies nowhere
         kept.append(Path.cwd())
@@ -311,7 +344,8 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
             raise OutputError(f"{target}: cannot be made, as {nearest} is no directory. Give another output directory")
         if os.path.ismount(real):
             raise OutputError(f"{target}: is a mount point, which cannot be replaced. Give a new directory in it")
-        if real.is_dir() and not force and any(real.iterdir()) and not _was_published(beside(real, "partial"), real):
+        is_kept = not goal.restart and _was_published(beside(real, "partial"), real)
+        if real.is_dir() and not goal.force and any(real.iterdir()) and not is_kept:
             raise OutputError(f"{target}: not empty. Give another output directory, or --force to replace all of it")
 
 
@@ -321,15 +355,14 @@ def _publish(files: Path, real: Path) -> None:
         for name in (*names, "."):
             flush(Path(directory, name))
     replaced = beside(real, "replaced")
-    if real.exists():
-        os.rename(real, replaced)
     try:
+        if real.exists():
+            os.rename(real, replaced)
         os.rename(files, real)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, real)
+        flush(real.parent)
+    except BaseException:  # also of somebody who does not want to wait
+        _restore_replaced(real)
         raise
-    flush(real.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -201,9 +201,9 @@ class Workers:
             for item in items:
                 pending.append(self._executor.submit(function, item))
                 if len(pending) > PENDING * self.threads:
-                    yield pending.popleft().result()
+                    yield _next(pending)
             while pending:
-                yield pending.popleft().result()
+                yield _next(pending)
         finally:
             running = [future for future in pending if not future.cancel()]
             wait(running)  # nothing that they use may be closed under them
@@ -212,6 +212,13 @@ class Workers:
         self._executor.shutdown(wait=True, cancel_futures=True)
         for buffers in self._buffers:
             buffers.handles.close()
+
+
+def _next(pending: deque[Future[Result]]) -> Result:
+    """The result of the first, which stays among them as long as it is waited for."""
+    result = pending[0].result()
+    pending.popleft()
+    return result
 
 
 def _read_fast(sources: Sequence[StoredTensor], starts: Sequence[int], run: int, buffers: Buffers) -> bool:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .budget import parse_size
 from .checkpoint import ITEM_BYTES
-from .disk import flush_data, write_at
+from .disk import flush_all, flush_data, write_at
 from .errors import OutputError
 from .journal import Record
 
@@ -258,7 +258,7 @@ class ShardWriter:
         self._check_flushed()
         self._flusher.shutdown(wait=True)
         os.ftruncate(self._handle, self._end)
-        os.fsync(self._handle)
+        flush_all(self._handle)
         written = os.fstat(self._handle)
         handle, self._handle = self._handle, -1
         os.close(handle)

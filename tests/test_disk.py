@@ -97,3 +97,41 @@ def test_what_a_directory_holds(tmp_path: Path) -> None:
     (tmp_path / "deep" / "file").write_bytes(bytes(10_000))
     (tmp_path / "link").symlink_to("/usr")
     assert 10_000 <= disk.held_bytes(tmp_path) < 100_000
+
+
+# --- flushing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_system_whose_fsync_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """macOS: fsync hands a file to the disk, which may keep it in its own memory."""
+    asked: list[tuple[str, int]] = []
+
+    def fcntl(handle: int, command: int) -> None:
+        asked.append(("fcntl", command))
+        if refused:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(disk, "FULL_FLUSH", 51)
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr("fcntl.fcntl", fcntl)
+    monkeypatch.setattr(os, "fsync", lambda handle: asked.append(("fsync", 0)))
+    with opened(tmp_path / "file") as handle:
+        for flush in (disk.flush_all, disk.flush_data, lambda _: disk.flush(tmp_path / "file")):
+            asked.clear()
+            flush(handle)
+            assert asked == [("fcntl", 51), ("fsync", 0)][: 1 + refused]
+
+
+def test_files_that_go_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(10_000))
+    held, lstat = disk.held_bytes(tmp_path), os.lstat
+
+    def last(path: str) -> os.stat_result:
+        if path.endswith("b"):
+            raise FileNotFoundError
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", last)
+    assert disk.held_bytes(tmp_path) == held // 2

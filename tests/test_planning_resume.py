@@ -708,6 +708,21 @@ def test_a_merge_that_was_cut_off_between_plan_and_fuse(models: Path, tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "wanted"]
 
 
+def test_a_merge_into_directories_that_it_makes(models: Path, tmp_path: Path) -> None:
+    """Its plan lies where the next run looks for it, though their parents were not there at first."""
+    out, phases = tmp_path / "deep" / "er" / "out", []
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "fuse":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpimerge.merge(recipe(models), out, threads=1, progress=stop)
+    cpimerge.merge(recipe(models), out, threads=1, progress=lambda phase, *_: phases.append(phase))
+    assert set(phases) == {"fuse"}
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
 def test_a_full_disk_is_told_before_anything_is_read(models: Path, tmp_path: Path) -> None:
     full = OSError(28, "No space left on device")
     for module in ("growing", "shelf"):

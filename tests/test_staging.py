@@ -172,7 +172,7 @@ def test_targets_that_cannot_be(tmp_path: Path, target: str, inputs: list[str], 
     (tmp_path / "work").mkdir()
     (tmp_path / "base").mkdir()
     with working_directory(tmp_path / "work"), pytest.raises(OutputError) as raised:
-        check_target(Path(target), True, map(Path, inputs))
+        check_target(Target(Path(target), force=True), map(Path, inputs))
     assert str(raised.value) == f"{target}: {problem.format(cwd=tmp_path / 'work')}"
 
 
@@ -417,6 +417,84 @@ def test_killed_at_the_end(tmp_path: Path, call: str, source: str, old: bool, pu
     assert tree(tmp_path) == {"out": None, "out/file": b"new"}
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_killed_while_it_deletes_what_was_done(tmp_path: Path, restart: bool) -> None:
+    """What lies under the final name then is still the old output, and no sign that the new one is complete."""
+    produce(tmp_path / "out", "old")
+    target, rmtree = Target(tmp_path / "out", force=True), shutil.rmtree
+
+    def run(target: Target, error: BaseException) -> None:
+        with staged_directory(target, [], WORK) as made:
+            made.journal.append({"done": "half"})
+            raise error
+
+    def half(path: Path, *_: Any, **__: Any) -> None:
+        rmtree(path / "files")
+        raise Killed
+
+    if restart:
+        with pytest.raises(KeyboardInterrupt):
+            run(target, KeyboardInterrupt())
+    with mock.patch("shutil.rmtree", half), pytest.raises(Killed):
+        run(replace(target, restart=restart), PlanError("changed"))
+    assert tree(tmp_path / "out") == {"file": b"old"}
+    with staged_directory(target, [], WORK) as made:
+        assert (made.done, made.is_published) == ([], False)
+        (made.files / "file").write_text("new")
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+
+
+@pytest.mark.parametrize("after", ["out", "files"])
+def test_an_interrupt_between_the_renames(tmp_path: Path, after: str) -> None:
+    """What was there comes back at once, or the new output is complete."""
+    produce(tmp_path / "out", "old")
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        rename(source, target)
+        if source.name == after:
+            raise KeyboardInterrupt
+
+    def publish() -> None:
+        with staged_directory(Target(tmp_path / "out", force=True), [], WORK) as made:
+            if not made.is_published:
+                (made.files / "file").write_text("new")
+                made.journal.append({"done": "all"})
+
+    with mock.patch("os.rename", interrupted), pytest.raises(KeyboardInterrupt):
+        publish()
+    assert tree(tmp_path / "out") == {"file": b"old" if after == "out" else b"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+    publish()
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+
+
+def test_a_restart_of_what_is_in_place_needs_force(tmp_path: Path) -> None:
+    """Which shows before any work is done."""
+    killed_at(tmp_path / "out", "rmtree", ".out.partial")
+    check_target(Target(tmp_path / "out"), ())
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="not empty"):
+        check_target(Target(tmp_path / "out", restart=True), ())
+    with pytest.raises(OutputError, match="not empty"):
+        staged_directory(Target(tmp_path / "out", restart=True), [], WORK).__enter__()
+    assert tree(tmp_path) == before
+    check_target(Target(tmp_path / "out", force=True, restart=True), ())
+
+
+def test_what_is_asked_of_a_run_at_work_does_not_disturb_it(tmp_path: Path) -> None:
+    target = Target(tmp_path / "out", work=WORK)
+    with staged_directory(target, [], WORK) as made:
+        made.journal.append({"done": "half"})
+        journal = made.root / "journal"
+        with open(journal, "ab") as file:
+            file.write(b"a line that is being writ")
+        before = journal.read_bytes()
+        with pytest.raises(OutputError, match="another run is writing it"):
+            staging.is_published(target)
+        assert journal.read_bytes() == before
+
+
 def test_what_other_work_published_is_not_this(tmp_path: Path) -> None:
     killed_at(tmp_path / "out", "rmtree", ".out.partial")
     with pytest.raises(OutputError, match="of other inputs or settings"):
@@ -478,14 +556,28 @@ def test_what_a_run_keeps_beside_its_output(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
     assert notes(KeyboardInterrupt(), keep=True) == [staging.GO_ON]
     kept = {"kept": b"kept"}
-    assert tree(tmp_path) == {".out.merge": None, ".out.merge/kept": b"kept"}
+    assert tree(tmp_path / "deep") == {".out.merge": None, ".out.merge/kept": b"kept"}
     assert notes(KeyboardInterrupt(), keep=False) == [staging.GO_ON]
     assert notes(PlanError("changed"), keep=False) == []
-    assert tree(tmp_path) == {}
+    assert tree(tmp_path) == {"deep": None}
     kept = {}
     notes(KeyboardInterrupt(), keep=True)
     assert notes(KeyboardInterrupt(), keep=False, restart=True) == []
-    assert tree(tmp_path) == {}
+    assert tree(tmp_path) == {"deep": None}  # which an earlier run has made
+
+
+def test_other_work_does_not_go_on_with_the_same_command(tmp_path: Path) -> None:
+    cut_off(tmp_path / "out")
+
+    def run() -> None:
+        with resumable_directory(Target(tmp_path / "out"), ".merge") as directory:
+            (directory / "kept").write_text("kept")
+            cut_off(tmp_path / "out", Work("plan", "that"))
+
+    with pytest.raises(OutputError, match="of other inputs or settings") as raised:
+        run()
+    assert not hasattr(raised.value, "__notes__")
+    assert tree(tmp_path / ".out.merge") == {"kept": b"kept"}
 
 
 def test_what_a_run_keeps_belongs_to_one_run(tmp_path: Path) -> None:

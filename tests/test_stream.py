@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -103,6 +104,28 @@ def test_map_keeps_order_and_bounds_what_waits(threads: int) -> None:
         for number, item in enumerate(pool.map(work, range(50))):
             assert item == number
             assert started <= number + 1 + stream.PENDING * threads + 1
+
+
+def test_map_ends_when_nothing_runs_any_more() -> None:
+    """Also of an interrupt while it waits for the last: what a worker uses may be closed then."""
+    ended: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.3)
+        ended.append(number)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with workers(2, 1) as pool:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                list(pool.map(work, [0]))
+            assert ended == [0]
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_map_raises_what_a_worker_raised() -> None:
