@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .checkpoint import layer_of
 from .errors import PlanError, RecipeError
 from .ordinary import open_ordinary
 from .plan_file import Plan, TensorPlan
@@ -26,7 +25,17 @@ from .verify_arrays import open_npy
 from .verify_elements import Seen
 from .verify_results import Findings
 
-__all__ = ["CoreFile", "Numbers", "Pool", "RecipeNumbers", "natural", "numbers_of", "pools_of", "positions_in"]
+__all__ = [
+    "CoreFile",
+    "Numbers",
+    "Pool",
+    "RecipeNumbers",
+    "layer_of",
+    "natural",
+    "numbers_of",
+    "pools_of",
+    "positions_in",
+]
 
 WITHOUT_RUNS, WITH_RUNS = 12346, 12347  # the format's cookies
 CONTAINER = 1 << 16  # elements
@@ -35,6 +44,7 @@ OFFSETS_FROM = 4  # containers, in a file with runs
 MAX_KEYS = 1 << 16
 READ_BYTES = 1 << 20
 MAX_ELEMENTS = 1 << 18  # of a chunk
+LAYER = re.compile(r"(?:[^.]*\.)*?[0-9]+\.", re.ASCII)
 MAX_STEPS = 16  # directories that a recipe climbs
 
 Places = npt.NDArray[np.int64]
@@ -330,6 +340,12 @@ def pools_of(plan: Plan, numbers: RecipeNumbers | None, findings: Findings, file
         eligible = shared != "none" or numbers is None
         result.append(Pool(name or "", tensors, eligible, density, list(nothing), list(nothing)))
     return result
+
+
+def layer_of(name: str) -> str:
+    """Up to and including the first component that is all digits, and a dot; '' where there is none (METHOD §1)."""
+    found = LAYER.match(f"{name}.")
+    return "" if found is None else found[0]
 
 
 def natural(name: str) -> tuple[list[tuple[int, str] | tuple[int, int]], str]:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import Checkpoint, layer_of
+from .checkpoint import Checkpoint
 from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
-from .verify_cores import Pool, RecipeNumbers
+from .verify_cores import Pool, RecipeNumbers, layer_of
 from .verify_elements import Fault, Seen
 from .verify_fold import TOLERANCE, Steps, deviation, folded, omegas, stages_of
 from .verify_results import Failure, Findings

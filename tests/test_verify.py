@@ -498,6 +498,7 @@ MAKERS = {
     *("plan_arrays", "selection", "singles", "staging", "transplant", "writer", "companions", "preflight"),
 }
 OF_STREAM = {"Chunk", "Workers", "workers"}  # reading, and no arithmetic
+OF_PLAN_FILE = {"COEFFICIENTS_FILE", "PLAN_FILE", "Blend", "Input", "Plan", "TensorPlan"}
 
 
 def imports(file: Path) -> dict[str, set[str]]:
@@ -519,4 +520,5 @@ def test_nothing_that_plans_or_fuses_takes_part() -> None:
         found = imports(file)
         assert not found.keys() & MAKERS, file
         assert found.get("stream", set()) <= OF_STREAM, file
-        assert found.get("plan_file", set()) <= {"COEFFICIENTS_FILE", "PLAN_FILE", "Input", "Plan", "TensorPlan"}
+        assert found.get("checkpoint", set()) <= {"Checkpoint", "Tensor"}, file
+        assert found.get("plan_file", set()) <= OF_PLAN_FILE

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pyroaring import BitMap
 
-from cpimerge import PlanError, verify_sources
+from cpimerge import PlanError, checkpoint, verify_sources
 from cpimerge.recipe import parse_recipe
 from cpimerge.verify_arrays import open_npy
-from cpimerge.verify_cores import natural, positions_in
+from cpimerge.verify_cores import layer_of, natural, positions_in
 from cpimerge.verify_files import sha256
 from cpimerge.verify_fold import deviation, folded, omegas, stages_of
 from cpimerge.verify_numbers import half_units, nonfinite, rounded, shown, values_of
@@ -240,6 +240,30 @@ def test_how_far_coefficients_are_off() -> None:
 
 
 # --- the rest ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.3.mlp.weight", "model.layers.3."),
+        ("model.layers.03.experts.7.w", "model.layers.03."),
+        ("3", "3."),
+        ("a.3", "a.3."),
+        ("..3.x", "..3."),
+        ("model.layers3.x", ""),
+        ("model.3b.4.x", "model.3b.4."),
+        ("model.\u0663.\u00b2.x", ""),
+        ("a\n.5.x", "a\n.5."),
+        ("", ""),
+    ],
+)
+def test_layers(name: str, layer: str) -> None:
+    assert layer_of(name) == layer == checkpoint.layer_of(name)
+
+
+@given(st.lists(st.sampled_from(["", "a", "1", "02", "x3", "\n"]), max_size=6).map(".".join))
+def test_layers_of_any_name(name: str) -> None:
+    assert layer_of(name) == checkpoint.layer_of(name)
 
 
 @given(st.lists(st.text("0123456789a.", max_size=6)))
