@@ -39,7 +39,7 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
-def edit(plan_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(plan_dir: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change plan.json, and seal it again."""
     file = plan_dir / PLAN_FILE
     raw = json.loads(file.read_bytes())
