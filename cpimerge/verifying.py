@@ -156,6 +156,10 @@ class _Parts:
 def _parts(output: Output, find: Locate, findings: Findings, stack: ExitStack) -> _Parts | None:
     """All of it; None where something is missing or does not fit, which is told."""
     plan = output.plan
+    first = ["base", *(task.name for task in plan.tasks)]
+    if [entry.name for entry in plan.inputs[: len(first)]] != first:  # which all numbers of tasks here go by
+        findings.fail(output.plan_dir / PLAN_FILE, "its inputs are not the base and then its tasks, in their order")
+        return None
     opened = open_inputs(plan, find, findings)
     if len(opened) < len(plan.inputs):
         return None  # nor need the shapes be true

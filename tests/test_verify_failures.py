@@ -746,6 +746,17 @@ def test_a_recipe_that_is_another(home: Path) -> None:
         edit(home / "plan", partial(write_recipe_into, text))
 
 
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [1, 2, 3, 0]])
+def test_inputs_in_another_order(home: Path, order: list[int]) -> None:
+    """None that `plan` would write, and each would be taken for another."""
+    edit(home / "plan", lambda raw: raw.update(inputs=[raw["inputs"][number] for number in order]))
+    cpimerge.fuse(home / "plan", home / "again", **LIMITS)
+    found = cpimerge.verify(home / "again", home / "plan", **LIMITS)
+    assert [failure.problem for failure in found.failures] == [
+        "its inputs are not the base and then its tasks, in their order"
+    ]
+
+
 def test_a_path_without_end(home: Path) -> None:
     """The recipe is not looked for in each of its parents."""
 
@@ -808,8 +819,13 @@ def test_any_bit_of_an_input(whole: Path, data: st.DataObject) -> None:
 @pytest.mark.parametrize("model", ["base", "a", "b"])
 def test_inputs_that_became_infinite(originals: dict[str, Path], tmp_path: Path, name: str, model: str) -> None:
     """Without a warning of numpy's, which pytest makes an error."""
+
+    def move(raw: dict[str, Any]) -> None:
+        for entry in raw["inputs"]:
+            entry["path"] = str(tmp_path / entry["name"])
+
     shutil.copytree(originals[name], tmp_path, dirs_exist_ok=True)
-    edit(tmp_path / "plan", lambda raw: [entry.update(path=str(tmp_path / entry["name"])) for entry in raw["inputs"]])
+    edit(tmp_path / "plan", move)
     change_manifest(tmp_path)
     assert verify(tmp_path).ok
     file = tmp_path / model / "model.safetensors"
