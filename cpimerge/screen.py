@@ -23,6 +23,7 @@ __all__ = ["Screen"]
 
 MAX_SHOWN_PROBLEMS = 100
 NORMAL_COLUMNS, NORMAL_ROWS = 80, 24
+ASK_AGAIN_SECONDS = 0.05
 
 Progress = Callable[[str, int, int], None]
 
@@ -156,17 +157,43 @@ def _signals() -> Iterator[None]:
     def second(number: int, frame: object) -> None:
         os._exit(128 + number)
 
+    def arm() -> None:
+        for which in before:
+            signal.signal(which, first)
+
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may say what signals do
         before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         before = {which: now for which, now in before.items() if now != signal.SIG_IGN}  # as nohup wants it
     try:
-        for which in before:
-            signal.signal(which, first)
-        yield
+        arm()
+        with _asked_again(arm):
+            yield
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
+
+
+@contextmanager
+def _asked_again(arm: Callable[[], None]) -> Iterator[None]:
+    """A request to end that comes while Python cleans up after an object is passed over: `arm`, and ask again soon."""
+    hook, timers = sys.unraisablehook, list[threading.Timer]()
+
+    def unraised(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Stopped):
+            hook(lost)
+            return
+        arm()
+        timers.append(threading.Timer(ASK_AGAIN_SECONDS, os.kill, (os.getpid(), lost.exc_value.number)))
+        timers[-1].start()
+
+    sys.unraisablehook = unraised
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in timers:
+            timer.cancel()
 
 
 def _write(text: str) -> None:

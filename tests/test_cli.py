@@ -8,10 +8,12 @@ import json
 import os
 import pty
 import resource
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -582,6 +584,31 @@ def test_a_locale_without_the_characters_is_no_reason_to_fail(models: Path, tmp_
     assert result.returncode == 0
     assert "Tasks: 2,430 elements, mean update |?|" in result.stdout
     assert "? ½ ulp" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_end_that_python_passes_over_is_made_again(number: int) -> None:
+    """It raises nothing out of the callbacks of objects that go away."""
+
+    class Thing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    def work() -> None:
+        thing = Thing()
+        del thing
+        time.sleep(20)
+
+    begin = time.monotonic()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
+    try:
+        with pytest.raises(screen.Stopped) as raised, screen._signals():
+            work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert raised.value.number == number
+    assert time.monotonic() - begin < 10
 
 
 def test_only_cli_screen_and_report_know_of_terminals() -> None:
