@@ -29,7 +29,7 @@ INSTRUMENTED = ["cpimerge", "yaml", "zipfile", "pickletools"]
 KERNELS = [
     ".".join(file.with_suffix("").parts)
     for file in Path("cpimerge").rglob("*.py")
-    if file.parent.name == "kernels" or "import numba" in file.read_text(encoding="utf-8")
+    if file.parent.name == "kernels" or "@compiled" in file.read_text(encoding="utf-8")
 ]
 MEASURED = 64  # one input of so many is looked at for the memory that it takes
 MEMORY_BYTES = 4 << 30
