@@ -155,6 +155,7 @@ def watch(asked: dict[str, Any], answers: int) -> NoReturn:
 def be_command(asked: dict[str, Any]) -> NoReturn:
     """The process."""
     code = 70
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
     try:
         said = Path(asked["said"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
