@@ -11,13 +11,18 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["flush", "flush_all", "flush_data", "held_bytes", "reserve", "write_at"]
+__all__ = ["flush", "flush_all", "flush_data", "held_bytes", "open_to_write", "reserve", "write_at"]
 
 KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: space behind the end of the file, which stays where it is
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # by this file system
 BLOCK_BYTES = 512  # what st_blocks counts, on every system
 
 FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, whose fsync leaves it in the disk's own memory
+
+
+def open_to_write(file: Path) -> int:
+    """A handle of `file`, made if it is not there; what it holds stays. Raises OSError, also where it is a link."""
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:

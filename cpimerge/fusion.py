@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
 from .companions import companion_bytes, read_manifest, unreadable, write_companions
 from .compatibility import differences
 from .cores import CoreReader
-from .disk import flush, reserve
+from .disk import flush, open_to_write, reserve
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .findings import content_hash
 from .kernels.floats import KINDS, first_nonfinite
@@ -28,7 +28,7 @@ from .kernels.mixing import Mix, blend
 from .models import Locate, locate, open_model
 from .needs import check_disk
 from .pieces import FETCH_BYTES
-from .places import remove
+from .places import keep_only
 from .plan_arrays import chunks_of, open_coefficients
 from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
 from .quantized import refused
@@ -347,14 +347,12 @@ def _taken_over(writer: ShardWriter, layout: ShardLayout, record: ShardRecord | 
     return 0
 
 
-def _prepare(layouts: Sequence[ShardLayout], directory: Path, finished: Container[str]) -> None:
+def _prepare(layouts: Sequence[ShardLayout], directory: Path, finished: Iterable[str]) -> None:
     """Set the disk's space aside for every shard to be written. What else lies there will be made anew."""
     shards = {layout.filename: layout for layout in layouts}
-    for entry in os.scandir(directory):
-        if entry.name not in shards and entry.name not in finished:
-            remove(Path(entry.path))
+    keep_only(directory, {*shards, *finished})
     for name, layout in shards.items():
-        handle = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = open_to_write(directory / name)
         try:
             reserve(handle, len(layout.header()) + sum(tensor.nbytes for tensor in layout.tensors))
         finally:

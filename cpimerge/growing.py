@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from .disk import flush_data, reserve, write_at
+from .disk import flush_data, open_to_write, reserve, write_at
 
 __all__ = ["GrowingFile"]
 
@@ -23,7 +23,7 @@ class GrowingFile:
 
     def __init__(self, file: Path, nbytes: int = 0) -> None:
         """Raises OSError, also where `file` is a link or the disk lacks the space."""
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._handle = open_to_write(file)
         self._buffer = bytearray()
         self._written = 0
         self._hashed = 0, xxhash.xxh3_128()  # so many bytes, and their hash

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from .disk import flush_data, write_at
+from .disk import flush_data, open_to_write, write_at
 
 __all__ = ["Journal", "Record", "read_records"]
 
@@ -26,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._handle = open_to_write(file)
         try:
             self.earlier, self._end = _whole_records(file.read_bytes())
             os.ftruncate(self._handle, self._end)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = ["beside", "is_directory", "locked", "output_errors", "real_path", "remove"]
+__all__ = ["beside", "is_directory", "keep_only", "locked", "output_errors", "real_path", "remove"]
 
 
 def real_path(path: Path) -> Path:
@@ -102,3 +103,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def keep_only(directory: Path, names: Collection[str], directories: Collection[str] = ()) -> None:
+    """Remove all but the ordinary files, or directories, that are called so."""
+    for entry in os.scandir(directory):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        is_kind = stat.S_ISDIR(mode) if entry.name in directories else stat.S_ISREG(mode)
+        if entry.name not in names or not is_kind:
+            remove(Path(entry.path))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from .cores import CoreWriter
 from .disk import flush
 from .folding import GramSpool
 from .passes import Settled
-from .places import remove
+from .places import keep_only, remove
 from .plan_checks import core_file
 from .shelf import Shelf
 from .staging import Staging
@@ -47,10 +45,10 @@ class PlanFiles:
 
     def __init__(self, staging: Staging, room: Room) -> None:
         cores = [Path(core_file(task)) for task in range(len(room.cores))]
-        _keep_only(staging.root, {"journal", "files", GRAMS, SHELF}, {"files"})
-        _keep_only(staging.files, {"cores"}, {"cores"})
+        keep_only(staging.root, {"journal", "files", GRAMS, SHELF}, {"files"})
+        keep_only(staging.files, {"cores"}, {"cores"})
         (staging.files / "cores").mkdir(exist_ok=True)
-        _keep_only(staging.files / "cores", {core.name for core in cores})
+        keep_only(staging.files / "cores", {core.name for core in cores})
         self._directories = (staging.files / "cores", staging.files, staging.root)
         with ExitStack() as opened:
             self.grams = opened.enter_context(closing(GramSpool(staging.root / GRAMS, room.pairs, room.rows)))
@@ -99,12 +97,3 @@ def remove_scratch(root: Path) -> None:
     """Delete what a plan that is complete does not need, where its staging directory stays."""
     for name in (GRAMS, SHELF):
         remove(root / name)
-
-
-def _keep_only(directory: Path, names: Collection[str], directories: Collection[str] = ()) -> None:
-    """Remove all but the ordinary files, or directories, that are called so."""
-    for entry in os.scandir(directory):
-        mode = entry.stat(follow_symlinks=False).st_mode
-        is_kind = stat.S_ISDIR(mode) if entry.name in directories else stat.S_ISREG(mode)
-        if entry.name not in names or not is_kind:
-            remove(Path(entry.path))

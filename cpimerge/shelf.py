@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .disk import flush_data, reserve, write_at
+from .disk import flush_data, open_to_write, reserve, write_at
 
 __all__ = ["Kinds", "Shelf", "Shelved"]
 
@@ -47,7 +47,7 @@ class Shelf:
 
     def __init__(self, file: Path, nbytes: int = 0) -> None:
         """With `nbytes` of the disk set aside. Raises OSError, also where `file` is a link or the disk lacks them."""
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._handle = open_to_write(file)
         self._lock = threading.Lock()
         self._end = 0
         try:

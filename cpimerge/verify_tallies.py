@@ -242,12 +242,7 @@ class Tallies:
             found |= {"mean_in": float(means[0]), "mean_out": float(means[1])}
             said = {key: getattr(task, key) for key in found}
             where = f"tasks.{number}."
-            _compare(
-                {where + key: x for key, x in said.items()},
-                {where + key: x for key, x in found.items()},
-                findings,
-                file,
-            )
+            _compare(_within(where, said), _within(where, found), findings, file)
         layers: dict[str, Any] = {}
         for tally in floats:
             if self.numbers is None or self.numbers.of[tally.planned.name].eligible:
@@ -273,12 +268,7 @@ class Tallies:
                 found |= {f"layers.{name}": _overlap(counts, a, b)[2] for name, counts in layers.items()}
                 said |= {f"layers.{name}": value for name, value in pair.layers.items()}
             where = f"pairs.{pair.a}+{pair.b}."
-            _compare(
-                {where + key: x for key, x in said.items()},
-                {where + key: x for key, x in found.items()},
-                findings,
-                file,
-            )
+            _compare(_within(where, said), _within(where, found), findings, file)
 
     def _order(self, pairs: Any, findings: Findings, file: Path) -> None:
         """A note where stages, backbone or the order of the fold are not what recipe and cores give."""
@@ -331,6 +321,11 @@ def _overlap(pairs: Any, a: int, b: int) -> tuple[int, int, float]:
     shared = int(pairs[a, b])
     union = int(pairs[a, a]) + int(pairs[b, b]) - shared
     return shared, union, shared / union if union else 0.0
+
+
+def _within(where: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of an entry, by their places in the plan."""
+    return {where + key: number for key, number in numbers.items()}
 
 
 def _compare(

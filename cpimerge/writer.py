@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .budget import parse_size
 from .checkpoint import ITEM_BYTES
-from .disk import flush_all, flush_data, write_at
+from .disk import flush_all, flush_data, open_to_write, write_at
 from .errors import OutputError
 from .journal import Record
 
@@ -183,7 +183,7 @@ class ShardWriter:
         self.data_begin = len(header)
         self._file = file
         self._record = record
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._handle = open_to_write(file)
         self._sha256 = hashlib.sha256()
         self._xxh3 = xxhash.xxh3_64()
         self._end = 0
