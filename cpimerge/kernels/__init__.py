@@ -17,6 +17,7 @@ order, W = ⌈n/64⌉ words of 64 elements, U open elements.
     bitsets     cores as bits: positions and overlaps
     mixing      the write of `fuse`: the blend
     lowrank     an adapter's update, added to a weight as it is read
+    gaps        sets of elements as the gaps between them, back to positions
 """
 
 from contextlib import suppress

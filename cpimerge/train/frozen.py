@@ -1,0 +1,140 @@
+"""Frozen cores: elements that no step of any optimizer moves, bit for bit.
+
+Around each step, hooks of the optimizer set the gradients of frozen elements to zero, so that they leave no trace in
+its moments, and put their values back, which weight decay or older momentum may have moved. Between steps nothing is
+held but which elements are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from ..errors import IncompatibleError
+from .gaps import Gaps
+from .matching import matched
+from .placement import Placement
+from .stage_cores import Freeze, StageCores
+from .steps import Part, Steps
+
+__all__ = ["FrozenCores"]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The model's parameters as they were found: all of them, and where each frozen one has its frozen elements."""
+
+    parameters: frozenset[torch.nn.Parameter]
+    parts: Mapping[torch.nn.Parameter, Part]
+
+
+class FrozenCores:
+    """The elements that one stage of a plan leaves as they are, in the parameters of a model.
+
+    Sharded parameters (FSDP2) are held back by each process for its part of them. It does not matter whether they are
+    sharded before this, before `attach` or after it.
+    """
+
+    def __init__(self, plan: str | Path, model: torch.nn.Module, *, stage: int, freeze: Freeze = "prior") -> None:
+        """`plan` is a plan's directory; `stage` counts from 1 in the plan's order.
+
+        `freeze`: "prior" freezes the cores of the tasks of earlier stages, "all" those of all other stages. An element
+        in one of them is frozen, also where a task of the stage itself has it in its core.
+
+        Raises PlanError where the plan or its cores are damaged, or it has no such stage; IncompatibleError naming each
+        tensor that has frozen elements and no parameter of its shape.
+        """
+        self._cores = StageCores(Path(plan).expanduser(), stage, freeze)
+        self._model = model
+        self._attached: list[Steps] = []
+        self._others: set[torch.nn.Parameter] = set()  # that an optimizer trains beside the model's
+        self._known = self._find()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose cores are frozen, in stage order."""
+        return self._cores.tasks
+
+    @property
+    def tensors(self) -> Mapping[str, int]:
+        """The model's parameters with frozen elements, and how many they are, of what this process holds of them."""
+        return MappingProxyType({part.name: part.gaps.count for part in self._known.parts.values()})
+
+    @property
+    def elements(self) -> int:
+        """How many elements are frozen, of what this process holds of the model."""
+        return sum(self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held between steps. During a step the elements' values are held, too."""
+        return sum(part.gaps.nbytes for part in self._known.parts.values())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on no step of `optimizer`, which may be wrapped as accelerate does it, moves a frozen element.
+
+        Raises IncompatibleError where it trains no parameter of the model.
+        """
+        inner = _innermost(optimizer)
+        if any(steps.optimizer is inner for steps in self._attached):
+            return
+        self._known = self._find()
+        trained = _trained(inner)
+        if trained.isdisjoint(self._known.parameters):
+            raise IncompatibleError(
+                f"optimizer {type(inner).__name__}: trains no parameter of the model, but another model's, or copies. "
+                "Make it of `model.parameters()`"
+            )
+        self._others |= trained
+        self._attached.append(Steps(inner, self._parts_of))
+
+    def detach(self) -> None:
+        """Let all optimizers move everything again."""
+        for steps in self._attached:
+            steps.end()
+        self._attached.clear()
+        self._others.clear()
+
+    def _find(self) -> _Known:
+        """The frozen elements in the parameters that the model has now."""
+        parameters, names = matched(self._model, self._cores.tensors)
+        parts = {}
+        with self._cores.opened() as cores:
+            for parameter, (name, tensors) in names.items():
+                place = Placement.of(name, parameter)
+                positions = np.unique(np.concatenate([cores.positions(tensor) for tensor in tensors]))
+                parts[parameter] = Part(name, place, Gaps(place.offsets(positions)))
+        return _Known(frozenset(parameters), parts)
+
+    def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, Part]]:
+        """What is frozen of the parameters that the optimizer has now.
+
+        They are found anew where they were replaced, as sharding does it, or moved to another layout.
+        """
+        trained = _trained(optimizer)
+        known = self._known
+        if not trained <= known.parameters | self._others or not all(
+            part.place.fits(parameter) for parameter, part in known.parts.items()
+        ):
+            self._known = known = self._find()
+            self._others |= trained
+        return [(parameter, part) for parameter, part in known.parts.items() if parameter in trained]
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """PyTorch's own optimizer, whose steps have hooks, within what accelerate puts around it."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+        if not hasattr(inner, "optimizer"):
+            raise IncompatibleError(f"optimizer {type(optimizer).__name__}: is not one of PyTorch's kind, with hooks")
+        inner = inner.optimizer
+    return inner
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> set[torch.nn.Parameter]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

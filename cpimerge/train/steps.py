@@ -1,0 +1,113 @@
+"""The steps of one optimizer, between which frozen elements stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..errors import IncompatibleError
+from .gaps import Gaps
+from .placement import Placement, bits
+
+__all__ = ["Part", "Steps"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is frozen of the parameter `name`: `gaps` are offsets in its memory, in which it lies as `place` says."""
+
+    name: str
+    place: Placement
+    gaps: Gaps
+
+
+Parts = list[tuple[torch.nn.Parameter, Part]]
+Find = Callable[[torch.optim.Optimizer], Parts]
+
+
+class Steps:
+    """Hooks around every step of `optimizer`; `find` says what is frozen in its parameters at the time."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, find: Find) -> None:
+        self.optimizer = optimizer
+        self._find = find
+        # What is to be put back after the step; of several steps where one calls that of its parent class.
+        self._open: list[list[tuple[torch.nn.Parameter, Part, torch.Tensor]]] = []
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def end(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._open.clear()
+
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        parts = self._find(optimizer)
+        self._open.append([(parameter, part, _take(parameter, part)) for parameter, part in parts])
+
+        def without(closure: Callable[[], Any]) -> Callable[[], Any]:
+            """The closure, whose gradients have nothing for frozen elements either: LBFGS steps by them."""
+
+            def evaluate() -> Any:
+                loss = closure()
+                for parameter, part in parts:
+                    _clear(parameter, part)
+                return loss
+
+            return evaluate
+
+        changed = tuple(without(value) if i and callable(value) else value for i, value in enumerate(args))
+        closure = kwargs.get("closure")
+        return changed, kwargs if closure is None else kwargs | {"closure": without(closure)}
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for parameter, part, values in self._open.pop():
+            if not part.place.fits(parameter):
+                raise IncompatibleError(
+                    f"optimizer {type(optimizer).__name__}: gave parameter {part.name!r} another layout in its step, "
+                    "in which its frozen elements are not found"
+                )
+            memory = bits(parameter)
+            for piece, offsets in part.gaps.pieces(memory.device):
+                memory.index_copy_(0, offsets, values[piece])
+
+
+def _take(parameter: torch.nn.Parameter, part: Part) -> torch.Tensor:
+    """The frozen elements' values, as integers [k]; their gradients become zero."""
+    memory = bits(parameter)
+    gradient = _aligned(parameter, part)
+    values = memory.new_empty(part.gaps.count)
+    for piece, offsets in part.gaps.pieces(memory.device):
+        torch.index_select(memory, 0, offsets, out=values[piece])
+        if gradient is not None:
+            gradient.index_fill_(0, offsets, 0)
+    return values
+
+
+def _clear(parameter: torch.nn.Parameter, part: Part) -> None:
+    """Set the gradients of frozen elements to zero."""
+    if (gradient := _aligned(parameter, part)) is not None:
+        for _, offsets in part.gaps.pieces(gradient.device):
+            gradient.index_fill_(0, offsets, 0)
+
+
+def _aligned(parameter: torch.nn.Parameter, part: Part) -> torch.Tensor | None:
+    """The memory of the parameter's gradient, in the same order as the parameter's own."""
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if gradient.layout is not torch.strided:
+        raise IncompatibleError(f"parameter {part.name!r}: its gradient is sparse. Make its layer with sparse=False")
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        raise IncompatibleError(
+            f"parameter {part.name!r}: is sharded as {parameter.placements}, its gradient as {gradient.placements}"
+        )
+    if not part.place.fits(gradient):  # which autograd never makes, but a user may set
+        parameter.grad = gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+    return bits(gradient)
