@@ -18,6 +18,7 @@ import click
 
 from . import __version__, api
 from .budget import format_size, parse_size
+from .cli_training import FREEZE, run_training, training_options
 from .errors import OutputError, ResourceError
 from .screen import Screen
 
@@ -211,6 +212,42 @@ def merge_command(screen: Screen, recipe: Path, output: Path, **options: Any) ->
             **options,
         )
     _show_model(screen, manifest, output)
+
+
+@main.command("sft")
+@click.argument("plan_dir", type=click.Path(path_type=Path))
+@click.option("--model", metavar="DIR", help="The model to train: what `fuse` wrote.")
+@click.option("--from-base", is_flag=True, help="Train the plan's base instead (DPI).")
+@FREEZE
+@SHARD_SIZE
+@training_options
+@command
+def sft_command(screen: Screen, model: str | None, from_base: bool, **options: Any) -> None:
+    """Fine-tune a model in the stages of PLAN_DIR, on a small balanced sample of each task.
+
+    Each stage trains the tasks of one group and leaves the frozen cores as they are, bit for bit. Needs PyTorch.
+    """
+    if (model is None) != from_base:
+        raise click.UsageError("Give --model DIR, or --from-base.")
+    from .train import sft
+
+    run_training(screen, sft, model=model, **options)
+
+
+@main.command("probe")
+@click.option("--task", metavar="NAME", required=True, help="The task whose examples are trained on.")
+@click.option("--model", "base", metavar="BASE", required=True, help="The base: a directory, or as in a recipe.")
+@SHARD_SIZE
+@training_options
+@command
+def probe_command(screen: Screen, **options: Any) -> None:
+    """Fine-tune a base on one task: an expert for a recipe.
+
+    It has the base's tensor names, shapes and dtypes. Needs PyTorch.
+    """
+    from .train import probe
+
+    run_training(screen, probe, **options)
 
 
 @main.command("push")

@@ -69,7 +69,7 @@ WEIGHTS_IN_ANY_FORM = (
 # ... optimizer and trainer state, and what describes the base.
 STATE = (
     *("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "trainer_log.jsonl", "training_args*"),
-    *("events.out.*", "zero_to_fp32.py", "latest", "*_results.json"),
+    *("events.out.*", "zero_to_fp32.py", "latest", "*_results.json", "cpimerge_training.json", "training_log.jsonl"),
     *(CARD, ".*", "mergekit_config.yml", MANIFEST),
 )
 NOT_ENTERED = (

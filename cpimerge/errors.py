@@ -5,6 +5,7 @@
     ├── CheckpointError      a checkpoint on disk is damaged, incomplete or of an unsupported kind
     │   └── ChangedInputError    it was written to while it was read
     ├── IncompatibleError    checkpoints that cannot be merged with each other
+    ├── DataError            training data must change (file and line of every problem)
     ├── PlanError            a plan directory is damaged, or the inputs changed since it was made
     ├── ResourceError        the memory budget or the free disk space does not suffice
     └── OutputError          an output cannot be written, or not uploaded
@@ -21,6 +22,7 @@ __all__ = [
     "ChangedInputError",
     "CheckpointError",
     "CpimergeError",
+    "DataError",
     "IncompatibleError",
     "OutputError",
     "PlanError",
@@ -51,6 +53,10 @@ class ChangedInputError(CheckpointError):
 
 class IncompatibleError(CpimergeError):
     """Checkpoints differ in a way that no merge can bridge."""
+
+
+class DataError(CpimergeError):
+    """Training data is wrong, or does not suffice: every problem names its file, and its line where it has one."""
 
 
 class PlanError(CpimergeError):

@@ -35,7 +35,7 @@ class Screen:
         self.quiet = quiet
         self.as_json = as_json
         self.debug = debug
-        self._done_before = 0  # bytes of the phase to come
+        self._done_before = 0  # bytes, or steps, of the phase to come
 
     def show(self, *renderables: Any) -> None:
         """Print results for people."""
@@ -61,16 +61,24 @@ class Screen:
         self._done_before = done
         self.tell(f"going on where an earlier run was cut off: {format_size(done)} of {format_size(total)} were done")
 
+    def resumed_at(self, stage: int, step: int) -> None:
+        """Say that a training goes on where an earlier one was cut off."""
+        self._done_before = step
+        self.tell(f"going on where an earlier run was cut off: stage {stage}, after step {step:,}")
+
     @contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """A callback for the library: a bar a phase on a terminal, plain lines otherwise, nothing when quiet."""
+    def progress(self, unit: str = "B") -> Iterator[Progress]:
+        """A callback for the library: a bar a phase on a terminal, plain lines otherwise, nothing when quiet.
+
+        `unit` is what it counts: bytes, or "step".
+        """
         if self.quiet:
             yield lambda phase, done, total: None
         elif sys.stderr.isatty():
-            with self._bars() as update:
+            with self._bars(unit) as update:
                 yield update
         else:
-            yield _lines()
+            yield _lines() if unit == "B" else _tenths(lambda count: f"{count:,} {unit}s")
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -113,11 +121,13 @@ class Screen:
         sys.exit(code)
 
     @contextmanager
-    def _bars(self) -> Iterator[Progress]:
+    def _bars(self, unit: str) -> Iterator[Progress]:
         """A bar for the phase at hand, with rate and time left; it goes when the phase ends."""
         from tqdm import tqdm
 
-        new_bar = partial(tqdm, unit="B", unit_scale=True, leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS)
+        new_bar = partial(
+            tqdm, unit=unit, unit_scale=unit == "B", leave=False, ncols=_columns(sys.stderr), nrows=NORMAL_ROWS
+        )
         bars: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
@@ -237,13 +247,17 @@ def _columns(terminal: TextIO) -> int:
 
 
 def _lines() -> Progress:
-    """A line for every tenth of a phase."""
+    """A line for every tenth of a phase, of so many bytes."""
+    return _tenths(format_size)
+
+
+def _tenths(show: Callable[[int], str]) -> Progress:
     shown: dict[str, int] = {}
 
     def update(phase: str, done: int, total: int) -> None:
         tenths = 10 * done // total if total else 10
         if tenths > shown.get(phase, 0):
             shown[phase] = tenths
-            _say(f"{phase}: {10 * tenths}% of {format_size(total)}")
+            _say(f"{phase}: {10 * tenths}% of {show(total)}")
 
     return update

@@ -620,5 +620,5 @@ def test_only_cli_screen_and_report_know_of_terminals() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.split()[:1] in (["import"], ["from"]) and line.split()[1].split(".")[0] in ("click", "rich", "tqdm")
     }
-    assert found <= {"cli", "report", "report_inspect", "screen"}
+    assert found <= {"cli", "cli_training", "report", "report_inspect", "report_training", "screen"}
     assert isinstance(cli.main, click.Group)

@@ -4,12 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import probe, sft
     from .callback import FrozenCoresCallback
     from .frozen import FrozenCores
+    from .settings import Settings
 
-__all__ = ["FrozenCores", "FrozenCoresCallback"]
+__all__ = ["FrozenCores", "FrozenCoresCallback", "Settings", "probe", "sft"]
 
-HOMES = {"FrozenCores": ".frozen", "FrozenCoresCallback": ".callback"}
+HOMES = {
+    "FrozenCores": ".frozen",
+    "FrozenCoresCallback": ".callback",
+    "Settings": ".settings",
+    "probe": ".api",
+    "sft": ".api",
+}
 NEEDED = {"torch", "transformers", "accelerate"}
 
 
