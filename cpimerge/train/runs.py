@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..disk import flush
+from ..errors import CheckpointError, DataError
 from ..journal import Record
 from ..needs import check_disk
 from ..places import keep_only, remove
@@ -82,6 +84,7 @@ def _encode(job: Job, tokenizer: PreTrainedTokenizerBase, observer: Observer) ->
     samples = job.samples
     all_examples = {task: [*samples[task].train, *samples[task].held_out] for task in job.tasks}
     encoded, cut = encode_all(tokenizer, all_examples, job.settings)
+    _check_positions(job, max(len(example.ids) for examples in encoded.values() for example in examples))
     sizes = {task: len(samples[task].train) for task in job.tasks}
     stages = []
     for stage in job.stages:
@@ -94,6 +97,16 @@ def _encode(job: Job, tokenizer: PreTrainedTokenizerBase, observer: Observer) ->
         {task: encoded[task][sizes[task] :] for task in job.tasks if job.settings.holdout},
         padding,
     )
+
+
+def _check_positions(job: Job, longest: int) -> None:
+    """Raise DataError where the model has no positions for its longest example."""
+    positions = job.start.config.get("max_position_embeddings")
+    if isinstance(positions, int) and longest > positions:
+        raise DataError(
+            f"{job.start.path}: takes {positions} tokens at most, and an example has {longest}. "
+            f"Give --max-length {positions}, with --truncate to cut the longer ones"
+        )
 
 
 class _Run:
@@ -113,12 +126,24 @@ class _Run:
     def finish(self, shard_bytes: int) -> dict[str, Any]:
         """Train what is left, and write the output; returns its record."""
         model = load(self.job.start)
+        self._check_rows(model)
         first, step = self._begin(model)
         for number in range(first, len(self.job.stages) + 1):
             self._train(model, number, step if number == first else 0)
         frozen = [self._frozen(model, number) for number in range(1, len(self.job.stages) + 1)]
         keep_only(self.staging.files, ())
         return write_output(self.job, model, self.staging.files, self.log, frozen, shard_bytes)
+
+    def _check_rows(self, model: PreTrainedModel) -> None:
+        """Raise CheckpointError where the tokenizer has a token that the model has no embedding of."""
+        groups = (*self.encoded.train.values(), *self.encoded.held_out.values())
+        highest = max(max(example.ids) for examples in groups for example in examples)
+        embeddings = model.get_input_embeddings().weight
+        if isinstance(embeddings, torch.Tensor) and highest >= len(embeddings):
+            raise CheckpointError(
+                f"{self.job.start.path}: its tokenizer has a token {highest}, and the model {len(embeddings)} "
+                "embeddings. Give the tokenizer that belongs to the model"
+            )
 
     def _begin(self, model: PreTrainedModel) -> tuple[int, int]:
         """The stage and the step after which to go on; `model` holds what the stages before have trained."""
@@ -137,7 +162,8 @@ class _Run:
         directory = self.staging.root / f"stage-{number}"
         checkpoint = directory / f"checkpoint-{step}" if step else None
         directory.mkdir(exist_ok=True)
-        keep_only(directory, (), [checkpoint.name] if checkpoint else [])  # others are not known to be whole
+        kept = [checkpoint.name] if checkpoint else []
+        keep_only(directory, kept, kept)  # others are not known to be whole
         phase, steps = f"stage {number}", self._steps(number)
         train = [example for task in self.job.stages[number - 1] for example in self.encoded.train[task]]
         course = Course(
@@ -167,7 +193,7 @@ class _Run:
         for place in (*checkpoint.iterdir(), checkpoint, directory):
             flush(place)
         self._record(_Point(stage=number, step=step, log=self.log.nbytes))
-        keep_only(directory, (), [checkpoint.name])
+        keep_only(directory, [checkpoint.name], [checkpoint.name])
 
     def _record(self, point: _Point) -> None:
         self.log.flush()
