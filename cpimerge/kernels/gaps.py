@@ -1,25 +1,49 @@
-"""Sets of elements as the gaps between them, a byte or two each (see train/gaps.py), back to positions."""
+"""What is done to elements of a parameter's memory that are held as the gaps between them (see train/gaps.py).
+
+Codes uint8 or uint16 [c] add up to positions; a code that is `skip` is no element. Memory [n] and values [k] are
+integers of the parameter's item size.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from .arrays import Counts, compiled
+from .arrays import compiled
+
+Codes = npt.NDArray[Any]
+Integers = npt.NDArray[np.signedinteger[Any]]
 
 
 @compiled
-def decode(codes: npt.NDArray[Any], skip: int, before: int, out: Counts) -> tuple[int, int]:
-    """Positions of the elements among `codes` uint8 or uint16 [c] into `out` int64 [≥ elements].
-
-    `before` is the position that the codes before these have come to. A code that is `skip` is no element. Returns how
-    many elements there are, and the position that these codes have come to.
-    """
-    count, position = 0, before
+def take(codes: Codes, skip: int, memory: Integers, values: Integers) -> None:
+    """Copy the elements from memory to `values`."""
+    position, count = 0, 0
     for code in codes:
         position += code
         if code != skip:
-            out[count] = position
+            values[count] = memory[position]
             count += 1
-    return count, position
+
+
+@compiled
+def put(codes: Codes, skip: int, values: Integers, memory: Integers) -> None:
+    """Copy the elements from `values` to memory."""
+    position, count = 0, 0
+    for code in codes:
+        position += code
+        if code != skip:
+            memory[position] = values[count]
+            count += 1
+
+
+@compiled
+def clear(codes: Codes, skip: int, memory: Integers) -> None:
+    """Set the elements to zero."""
+    position = 0
+    for code in codes:
+        position += code
+        if code != skip:
+            memory[position] = 0

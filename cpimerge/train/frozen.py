@@ -7,7 +7,7 @@ held but which elements are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,10 @@ class _Known:
     parameters: frozenset[torch.nn.Parameter]
     parts: Mapping[torch.nn.Parameter, Part]
 
+    def fits(self, parameters: Iterable[torch.nn.Parameter]) -> bool:
+        """Whether those of `parameters` that have frozen elements still lie in memory as they did."""
+        return all(self.parts[each].place.fits(each) for each in parameters if each in self.parts)
+
 
 class FrozenCores:
     """The elements that one stage of a plan leaves as they are, in the parameters of a model.
@@ -52,7 +56,7 @@ class FrozenCores:
         self._cores = StageCores(Path(plan).expanduser(), stage, freeze)
         self._model = model
         self._attached: list[Steps] = []
-        self._others: set[torch.nn.Parameter] = set()  # that an optimizer trains beside the model's
+        self._others: dict[torch.optim.Optimizer, set[torch.nn.Parameter]] = {}  # trained beside the model's
         self._known = self._find()
 
     @property
@@ -83,14 +87,14 @@ class FrozenCores:
         inner = _innermost(optimizer)
         if any(steps.optimizer is inner for steps in self._attached):
             return
-        self._known = self._find()
+        self._known = self._find(self._known)
         trained = _trained(inner)
         if trained.isdisjoint(self._known.parameters):
             raise IncompatibleError(
                 f"optimizer {type(inner).__name__}: trains no parameter of the model, but another model's, or copies. "
                 "Make it of `model.parameters()`"
             )
-        self._others |= trained
+        self._others[inner] = trained - self._known.parameters
         self._attached.append(Steps(inner, self._parts_of))
 
     def detach(self) -> None:
@@ -100,16 +104,18 @@ class FrozenCores:
         self._attached.clear()
         self._others.clear()
 
-    def _find(self) -> _Known:
-        """The frozen elements in the parameters that the model has now."""
+    def _find(self, known: _Known | None = None) -> _Known:
+        """The frozen elements in the parameters that the model has now; `known` if those are the same."""
         parameters, names = matched(self._model, self._cores.tensors)
+        if known and known.parameters == parameters and known.parts.keys() == names.keys() and known.fits(names):
+            return known
         parts = {}
         with self._cores.opened() as cores:
             for parameter, (name, tensors) in names.items():
                 place = Placement.of(name, parameter)
                 positions = np.unique(np.concatenate([cores.positions(tensor) for tensor in tensors]))
                 parts[parameter] = Part(name, place, Gaps(place.offsets(positions)))
-        return _Known(frozenset(parameters), parts)
+        return _Known(parameters, parts)
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, Part]]:
         """What is frozen of the parameters that the optimizer has now.
@@ -117,13 +123,10 @@ class FrozenCores:
         They are found anew where they were replaced, as sharding does it, or moved to another layout.
         """
         trained = _trained(optimizer)
-        known = self._known
-        if not trained <= known.parameters | self._others or not all(
-            part.place.fits(parameter) for parameter, part in known.parts.items()
-        ):
-            self._known = known = self._find()
-            self._others |= trained
-        return [(parameter, part) for parameter, part in known.parts.items() if parameter in trained]
+        if not trained - self._known.parameters <= self._others[optimizer] or not self._known.fits(trained):
+            self._known = self._find(self._known)
+            self._others[optimizer] = trained - self._known.parameters
+        return [(parameter, part) for parameter, part in self._known.parts.items() if parameter in trained]
 
 
 def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

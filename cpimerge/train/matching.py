@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -15,7 +15,7 @@ __all__ = ["matched"]
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in names of what torch.compile and checkpointing wrap
 
 
-Parameters = Iterable[torch.nn.Parameter]
+Parameters = frozenset[torch.nn.Parameter]
 Matches = dict[torch.nn.Parameter, tuple[str, list[TensorPlan]]]
 
 
@@ -42,7 +42,7 @@ def matched(model: torch.nn.Module, tensors: Sequence[TensorPlan]) -> tuple[Para
             found.setdefault(parameters[name], (name, []))[1].append(tensor)
     if problems:
         raise IncompatibleError(problems)
-    return parameters.values(), found
+    return frozenset(parameters.values()), found
 
 
 def _missing(is_buffer: bool) -> str:

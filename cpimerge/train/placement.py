@@ -65,8 +65,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.to_local()
 
 
 def _box(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

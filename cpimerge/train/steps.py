@@ -49,15 +49,15 @@ class Steps:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         parts = self._find(optimizer)
-        self._open.append([(parameter, part, _take(parameter, part)) for parameter, part in parts])
+        self._open.append([(parameter, part, part.gaps.take(bits(parameter))) for parameter, part in parts])
+        _clear_all(parts)
 
         def without(closure: Callable[[], Any]) -> Callable[[], Any]:
             """The closure, whose gradients have nothing for frozen elements either: LBFGS steps by them."""
 
             def evaluate() -> Any:
                 loss = closure()
-                for parameter, part in parts:
-                    _clear(parameter, part)
+                _clear_all(parts)
                 return loss
 
             return evaluate
@@ -73,41 +73,26 @@ class Steps:
                     f"optimizer {type(optimizer).__name__}: gave parameter {part.name!r} another layout in its step, "
                     "in which its frozen elements are not found"
                 )
-            memory = bits(parameter)
-            for piece, offsets in part.gaps.pieces(memory.device):
-                memory.index_copy_(0, offsets, values[piece])
+            part.gaps.put(values, bits(parameter))
 
 
-def _take(parameter: torch.nn.Parameter, part: Part) -> torch.Tensor:
-    """The frozen elements' values, as integers [k]; their gradients become zero."""
-    memory = bits(parameter)
-    gradient = _aligned(parameter, part)
-    values = memory.new_empty(part.gaps.count)
-    for piece, offsets in part.gaps.pieces(memory.device):
-        torch.index_select(memory, 0, offsets, out=values[piece])
-        if gradient is not None:
-            gradient.index_fill_(0, offsets, 0)
-    return values
+def _clear_all(parts: Parts) -> None:
+    for parameter, part in parts:
+        _clear(parameter, part)
 
 
 def _clear(parameter: torch.nn.Parameter, part: Part) -> None:
-    """Set the gradients of frozen elements to zero."""
-    if (gradient := _aligned(parameter, part)) is not None:
-        for _, offsets in part.gaps.pieces(gradient.device):
-            gradient.index_fill_(0, offsets, 0)
-
-
-def _aligned(parameter: torch.nn.Parameter, part: Part) -> torch.Tensor | None:
-    """The memory of the parameter's gradient, in the same order as the parameter's own."""
+    """Set the gradients of its frozen elements to zero."""
     gradient = parameter.grad
     if gradient is None:
-        return None
+        return
     if gradient.layout is not torch.strided:
         raise IncompatibleError(f"parameter {part.name!r}: its gradient is sparse. Make its layer with sparse=False")
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
         raise IncompatibleError(
             f"parameter {part.name!r}: is sharded as {parameter.placements}, its gradient as {gradient.placements}"
         )
-    if not part.place.fits(gradient):  # which autograd never makes, but a user may set
-        parameter.grad = gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-    return bits(gradient)
+    if not part.place.fits(gradient):  # autograd makes none such, but a user may set it
+        with torch.no_grad():
+            parameter.grad = gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+    part.gaps.clear(bits(gradient))

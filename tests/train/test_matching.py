@@ -1,0 +1,88 @@
+"""Which parameter is which tensor of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cpimerge.errors import IncompatibleError
+from cpimerge.plan_file import TensorPlan
+from cpimerge.train.matching import matched
+
+
+class Inner(torch.nn.Module):
+    base_model_prefix = "bert"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Embedding(5, 3)
+        self.norm = torch.nn.BatchNorm1d(3)
+
+
+class Outer(torch.nn.Module):
+    base_model_prefix = "bert"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = Inner()
+        self.head = torch.nn.Linear(3, 5)
+        self.head.weight = self.bert.embeddings.weight
+
+
+def planned(**shapes: list[int]) -> list[TensorPlan]:
+    fixed: dict[str, Any] = {"dtype": "F32", "base_dtype": "F32", "action": "identical", "blend": None}
+    counts: dict[str, Any] = {"first_chunk": 0, "first_row": 0, "claimed": 1, "xxh3": {}, "tasks": {}}
+    return [TensorPlan(name=name.replace("__", "."), shape=shape, **fixed, **counts) for name, shape in shapes.items()]
+
+
+def names(model: torch.nn.Module, tensors: list[TensorPlan]) -> dict[str, list[str]]:
+    """What the model calls each parameter, and the tensors it is."""
+    _, found = matched(model, tensors)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    assert all(any(parameter is each for each in own.values()) for parameter in found)
+    return {name: [tensor.name for tensor in of] for name, of in found.values()}
+
+
+@pytest.mark.parametrize("model", [Outer(), torch.nn.DataParallel(Outer()), torch.compile(Outer(), backend="eager")])
+@pytest.mark.parametrize("prefix", ["", "bert__"])
+def test_the_inner_models_checkpoint_in_the_outer_model_and_the_outer_ones(model: Any, prefix: str) -> None:
+    tensors = planned(**{f"{prefix}embeddings__weight": [5, 3], f"{prefix}norm__bias": [3]})
+    assert names(model, tensors) == {
+        "bert.embeddings.weight": [tensors[0].name],
+        "bert.norm.bias": [tensors[1].name],
+    }
+
+
+def test_the_outer_models_checkpoint_in_the_inner_model() -> None:
+    tensors = planned(bert__embeddings__weight=[5, 3])
+    assert names(Inner(), tensors) == {"embeddings.weight": ["bert.embeddings.weight"]}
+
+
+def test_a_compiled_part() -> None:
+    model = Outer()
+    model.bert = torch.compile(model.bert, backend="eager")  # type: ignore[assignment]
+    assert names(model, planned(bert__norm__weight=[3])) == {"bert.norm.weight": ["bert.norm.weight"]}
+
+
+def test_tied_parameters_are_both_tensors() -> None:
+    tensors = planned(bert__embeddings__weight=[5, 3], head__weight=[5, 3])
+    assert names(Outer(), tensors) == {"bert.embeddings.weight": ["bert.embeddings.weight", "head.weight"]}
+
+
+def test_all_parameters_are_told() -> None:
+    model = Outer()
+    assert matched(model, [])[0] == frozenset(model.parameters())
+
+
+def test_everything_that_is_wrong_at_once() -> None:
+    tensors = planned(head__weight=[6, 3], absent=[2], norm__running_mean=[3], embeddings__weight=[5, 3])
+    with pytest.raises(IncompatibleError) as caught:
+        matched(Outer(), tensors)
+    assert [problem.split(". ")[0] for problem in caught.value.problems] == [
+        "tensor 'head.weight': expected [6, 3] (as planned), the model has [5, 3]",
+        "tensor 'absent': has frozen elements, and the model has no parameter of that name",
+        "tensor 'norm.running_mean': has frozen elements, and is a buffer of the model, which training may change "
+        "without an optimizer",
+    ]
