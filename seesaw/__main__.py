@@ -1,0 +1,72 @@
+"""Runs the benchmark: `python -m seesaw [encoder] [causal] [tables]`. What is done is kept, and not done again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import results
+from .bench import Bench
+from .forgetting import forgetting
+from .tables import write_tables
+from .tasks import main_tasks
+from .training import Learner, Schedule
+
+PARTS = ("encoder", "causal", "tables")
+SEEDS = (0, 1, 2)
+ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
+CAUSAL = Schedule(steps=32, batch=8, rate=2e-4)
+CAUSAL_TASKS = ("news", "movies", "scripture", "languages", "docstrings")
+
+
+def main() -> None:
+    """Everything, or the parts that are asked for."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    parts = options.parts or PARTS
+    if "encoder" in parts:
+        benches = encoder_benches(options.folder, options.seeds)
+        results.save(list(results.measure(benches)), "encoder")
+        kept = [[asdict(each) for each in forgetting(bench)] for bench in benches]
+        (results.RESULTS / "forgetting.json").write_text(json.dumps(kept, indent=1) + "\n")
+    if "causal" in parts:
+        results.save(list(results.measure(causal_benches(options.folder, options.seeds))), "causal")
+    if "tables" in parts:
+        write_tables()
+
+
+def encoder_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
+    """A bench of the encoder for each seed."""
+    from .encoder import Encoder
+
+    tasks = main_tasks(folder)
+    learner: Learner = Encoder(tasks)
+    return [Bench(learner, tasks, ENCODER, seed, folder / learner.name / str(seed)) for seed in seeds]
+
+
+def causal_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
+    """A bench of the causal language model for each seed."""
+    from .causal import Causal
+
+    tasks = {name: task for name, task in main_tasks(folder).items() if name in CAUSAL_TASKS}
+    learner: Learner = Causal(tasks, folder)
+    return [Bench(learner, tasks, CAUSAL, seed, folder / learner.name / str(seed)) for seed in seeds]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m seesaw", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path(".seesaw"), help="keeps packages, models and scores")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

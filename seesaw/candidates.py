@@ -1,0 +1,68 @@
+"""The settings of each data-free merge: the validation rows choose among them, the test rows judge the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from .bench import Bench
+from .merging import PAPER, Parameters
+from .methods import by_mergekit, merged
+
+FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6)
+
+MERGEKIT: Mapping[str, tuple[str, Sequence[Parameters]]] = {  # by the name in the tables: mergekit's, and its settings
+    "plain average": ("task_arithmetic", [{"normalize": True}]),
+    "task arithmetic": ("task_arithmetic", [{"lambda": factor} for factor in FACTORS]),
+    "ties": (
+        "ties",
+        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2, 0.5) for f in (1.0, 1.5, 2.0)],
+    ),
+    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+}
+
+DENSITIES = (0.001, 0.01, 0.05, 0.1, 0.2)
+OWN: Mapping[str, Sequence[Parameters]] = {
+    "fusion as in the paper": [PAPER],
+    "fusion as in the paper, density chosen": [PAPER | {"density": p} for p in DENSITIES],
+    "localize-and-stitch": [{"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.05, 0.1, 0.2)],
+    "magmax": [{"density": 1, "conflict": "largest"}],
+    "fusion, cpimerge's defaults": [{}],
+    "fusion, chosen": [
+        {"density": p, "conflict": conflict, "space": "delta", "rest": rest}
+        for p in (0, 0.01, 0.1, 0.2)
+        for conflict in (("largest", "mean", "elect") if p else ("last",))
+        for rest in (0.75, 1)
+    ],
+}
+
+
+def settings(name: str) -> Sequence[Parameters]:
+    """The candidates of a data-free merge, by its name in the tables."""
+    return MERGEKIT[name][1] if name in MERGEKIT else OWN[name]
+
+
+def make(bench: Bench, name: str, parameters: Parameters) -> Path:
+    """The merge `name` of the bench's experts, with `parameters`."""
+    return by_mergekit(bench, MERGEKIT[name][0], parameters) if name in MERGEKIT else merged(bench, parameters)
+
+
+def key(name: str, parameters: Parameters) -> str:
+    """What a candidate's scores are filed under; equal for what is the same merge under two names."""
+    prefix = f"mergekit-{MERGEKIT[name][0]}" if name in MERGEKIT else "fusion"
+    return "-".join((prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
+
+
+def chosen(benches: Sequence[Bench], name: str) -> Parameters:
+    """The candidate with the best mean score on the validation rows, over tasks and seeds; the first of equals."""
+    return max(settings(name), key=lambda parameters: mean_validation(benches, name, parameters))
+
+
+def mean_validation(benches: Sequence[Bench], name: str, parameters: Parameters) -> float:
+    """The mean accuracy on validation rows over tasks and seeds, 0 to 1."""
+    scores = [
+        bench.scores(key(name, parameters), "validation", partial(make, bench, name, parameters)) for bench in benches
+    ]
+    return sum(sum(each.values()) / len(each) for each in scores) / len(scores)

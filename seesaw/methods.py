@@ -1,0 +1,157 @@
+"""Every way of making one model of all tasks that is compared, at the same number of training steps.
+
+An expert is trained for one unit of steps, and there are T tasks. What trains may use 4T/3 units in all: full
+fine-tuning and the stages of a fixed order have them at once; DPI makes probes of a third each and trains for T;
+CPI-FT makes experts for T, fuses them, and trains on for T/3. What only merges uses the T of the experts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+import cpimerge
+from cpimerge.plan_file import Plan
+
+from .bench import Bench
+from .merging import PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .training import Freeze
+
+THIRD = 1 / 3
+Stages = Sequence[Sequence[str]]
+
+
+def experts(bench: Bench, share: float = 1.0) -> dict[str, Path]:
+    """The expert of every task, by task."""
+    return {name: bench.expert(task, share) for name, task in bench.tasks.items()}
+
+
+def merged(bench: Bench, parameters: Parameters) -> Path:
+    """The experts fused by a recipe with `parameters`."""
+    return fused(recipe(bench.learner.base, experts(bench), parameters), _scratch(bench))
+
+
+def by_mergekit(bench: Bench, method: str, parameters: Parameters) -> Path:
+    """The experts merged by a method of mergekit."""
+    tensors = mergekits(method, bench.learner.base, experts(bench), parameters)
+    return save_like(tensors, bench.learner.base, _scratch(bench) / "model")
+
+
+def full(bench: Bench) -> Path:
+    """Full multi-task fine-tuning: every round has a batch of every task."""
+    return staged(bench, "full", bench.learner.base, [list(bench.tasks)], 4 * THIRD)
+
+
+def random_stages(bench: Bench) -> Path:
+    """As many stages as a person would make, of tasks drawn at random, in random order."""
+    return staged(bench, "random-stages", bench.learner.base, random_groups(bench), 4 * THIRD)
+
+
+def random_groups(bench: Bench) -> Stages:
+    """Groups of the sizes that a person would make, drawn with the bench's seed."""
+    order = random.Random(f"stages {bench.seed}").sample(list(bench.tasks), len(bench.tasks))
+    sizes = [len(stage) for stage in by_hand(bench)]
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def by_hand(bench: Bench) -> Stages:
+    """The groups that a person would make: opinions; subjects; style and language."""
+    groups = (("movies", "tweets"), ("news", "docstrings"), ("scripture", "languages"))
+    return [[name for name in group if name in bench.tasks] for group in groups]
+
+
+def heuristic_stages(bench: Bench) -> Path:
+    """Stages of tasks that a person would call alike."""
+    return staged(bench, "heuristic-stages", bench.learner.base, by_hand(bench), 4 * THIRD)
+
+
+def dpi(bench: Bench) -> Path:
+    """Short probes, their cores and groups, then training from the base with the cores of earlier stages frozen."""
+    plan = planned(bench, "dpi-plan", PAPER, THIRD)
+    return staged(bench, "dpi", bench.learner.base, Plan.load(plan).stages, 1.0, plan)
+
+
+def average(bench: Bench) -> Path:
+    """The plain average of the experts."""
+    return merged(bench, {"density": 0})
+
+
+def last_expert(bench: Bench) -> Path:
+    """The expert of the last task."""
+    return list(experts(bench).values())[-1]
+
+
+def cpi_ft(bench: Bench, name: str, parameters: Parameters, freeze: Literal["prior", "all"] | None = "prior") -> Path:
+    """The fused model, trained on in the stages of its plan; `freeze` None freezes nothing."""
+    return continued(bench, name, parameters, merged(bench, parameters), freeze)
+
+
+def continued(
+    bench: Bench, name: str, parameters: Parameters, start: Path, freeze: Literal["prior", "all"] | None = "prior"
+) -> Path:
+    """`start` trained on in the stages of the plan of the experts with `parameters`."""
+    plan = planned(bench, f"{name}-plan", parameters, 1.0)
+    return staged(bench, name, start, Plan.load(plan).stages, THIRD, plan if freeze else None, freeze)
+
+
+def staged(  # noqa: PLR0913 - all of it is one sentence
+    bench: Bench,
+    name: str,
+    start: Path,
+    stages: Stages,
+    share: float,
+    plan: Path | None = None,
+    freeze: Literal["prior", "all"] | None = "prior",
+) -> Path:
+    """`start` trained stage by stage, for `share` of an expert's steps a task, with cores of `plan` frozen."""
+
+    def make() -> PreTrainedModel:
+        at = start
+        for number, stage in enumerate(stages, 1):
+            held = Freeze(plan, number, freeze) if plan and freeze else None
+            model = bench.trained(at, [bench.tasks[task] for task in stage], bench.steps(share * len(stage)), held)
+            if number < len(stages):
+                at = _scratch(bench) / "stage"
+                model.save_pretrained(at)  # float32: what is frozen is so across stages
+        return model
+
+    return bench.model(name, make)
+
+
+def planned(bench: Bench, name: str, parameters: Parameters, share: float) -> Path:
+    """The directory of the plan of the experts, or of probes that were trained for `share` of their steps."""
+    folder = bench.folder / "plans" / name
+    content = recipe(bench.learner.base, experts(bench, share), parameters)
+    if not (folder / "plan.json").exists():
+        cpimerge.plan(written(content, _scratch(bench)), folder, force=True)
+    return folder
+
+
+def _scratch(bench: Bench) -> Path:
+    return bench.folder / "scratch"
+
+
+TRAINED = {  # by the name in the tables
+    "full multi-task fine-tuning": full,
+    "stages at random": random_stages,
+    "stages by hand": heuristic_stages,
+    "DPI": dpi,
+    "CPI-FT": lambda bench: cpi_ft(bench, "cpi-ft", PAPER),
+}
+
+ABLATIONS = {
+    "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
+    "no fusion: from the last expert": lambda bench: continued(bench, "no-fusion", PAPER, last_expert(bench)),
+    "no freezing": lambda bench: cpi_ft(bench, "no-freezing", PAPER, None),
+    "every other core frozen": lambda bench: cpi_ft(bench, "freeze-all", PAPER, "all"),
+    "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
+    "groups by hand": lambda bench: cpi_ft(bench, "groups-by-hand", PAPER | {"stages": by_hand(bench)}),
+    "one group": lambda bench: cpi_ft(bench, "one-group", PAPER | {"tau": 0}),
+    "density 0.1": lambda bench: cpi_ft(bench, "density-0.1", PAPER | {"density": 0.1}),
+    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", {}),
+}

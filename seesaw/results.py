@@ -1,0 +1,95 @@
+"""What was measured, gathered from the scores of all seeds, and the figures that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+from .bench import Bench, Scores
+from .candidates import MERGEKIT, OWN, chosen, key, make
+from .methods import ABLATIONS, TRAINED
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One method: its test accuracies of every seed by task, 0 to 1, and the settings that were chosen for it."""
+
+    name: str
+    kind: str
+    seeds: Sequence[Scores]
+    settings: str = ""
+
+
+def measure(benches: Sequence[Bench]) -> Iterator[Line]:
+    """Every method on the test rows; what was measured before is read back."""
+    yield Line("base model", "reference", [_base(bench) for bench in benches])
+    yield Line("experts, each on its task", "reference", [_experts(bench) for bench in benches])
+    for name in (*MERGEKIT, *OWN):
+        settings = chosen(benches, name)
+        scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
+        yield Line(name, "merge", scores, ", ".join(f"{setting} {value}" for setting, value in settings.items()))
+    for kind, methods in (("training", TRAINED), ("ablation", ABLATIONS)):
+        for name, method in methods.items():
+            yield Line(name, kind, [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+
+
+def _base(bench: Bench) -> Scores:
+    return bench.scores("base", "test", lambda: bench.learner.base)
+
+
+def _experts(bench: Bench) -> Scores:
+    """The score of every expert on its own task."""
+    return {
+        name: bench.scores(f"expert-{name}-on-{name}", "test", partial(bench.expert, task), [name])[name]
+        for name, task in bench.tasks.items()
+    }
+
+
+def save(lines: Sequence[Line], learner: str) -> None:
+    """Keep what was measured beside this module, for the tables and whoever reads them."""
+    RESULTS.mkdir(exist_ok=True)
+    content = [
+        {"name": line.name, "kind": line.kind, "settings": line.settings, "seeds": list(line.seeds)} for line in lines
+    ]
+    (RESULTS / f"{learner}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(learner: str) -> list[Line]:
+    """What `save` kept."""
+    return [Line(**each) for each in json.loads((RESULTS / f"{learner}.json").read_text())]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A method in numbers, each the mean and the standard deviation over the seeds, in percent.
+
+    `normalised`: mean over the tasks of its score divided by the expert's. `worst`: the least of these.
+    `closed`: the share of the gap between the base and the experts that is closed, from means over the tasks.
+    """
+
+    normalised: tuple[float, float]
+    worst: tuple[float, float]
+    closed: tuple[float, float]
+
+
+def figures(line: Line, base: Line, experts: Line) -> Figures:
+    """What the tables say of a line."""
+    shares = [
+        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=True)
+    ]
+    gaps = [
+        (mean(scores.values()) - mean(start.values())) / (mean(best.values()) - mean(start.values()))
+        for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=True)
+    ]
+    return Figures(_spread(map(mean, shares)), _spread(map(min, shares)), _spread(gaps))
+
+
+def _spread(values: Iterator[float] | Sequence[float]) -> tuple[float, float]:
+    percent = [100 * value for value in values]
+    return mean(percent), stdev(percent) if len(percent) > 1 else 0.0

@@ -1,0 +1,78 @@
+"""The tables of docs/seesaw.md, written between marks in its text: every figure there was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from .results import RESULTS, Line, figures, load
+
+PAGE = Path(__file__).parent.parent / "docs" / "seesaw.md"
+KINDS = ("reference", "merge", "training")
+
+
+def write_tables(page: Path = PAGE) -> None:
+    """Put the tables of what was measured into `page`, each between its marks `<!-- name -->` and `<!-- /name -->`."""
+    text = page.read_text()
+    for name, rows in tables().items():
+        table = "\n".join(rows)
+        text, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL
+        )
+        if found != 1:
+            raise ValueError(f"{page}: it has {found} places for the table {name!r}; one is needed")
+    page.write_text(text)
+
+
+def tables() -> Mapping[str, Sequence[str]]:
+    """All tables by name, as lines of Markdown."""
+    found = {}
+    for learner in ("encoder", "causal"):
+        lines = load(learner)
+        found[learner] = [*comparison(lines)]
+        found[f"{learner}-tasks"] = [*per_task(lines)]
+    lines = load("encoder")
+    found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT",))]
+    found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
+    return found
+
+
+def comparison(lines: Sequence[Line], kinds: Sequence[str] = KINDS, also: Sequence[str] = ()) -> Iterator[str]:
+    """A row for each method: relative to the experts in the mean and in the worst task, and the gap that is closed."""
+    base, experts = lines[0], lines[1]
+    yield "| | mean of experts | worst task | gap closed | settings |"
+    yield "|---|--:|--:|--:|---|"
+    for line in lines:
+        if line.kind in kinds or line.name in also:
+            shown = figures(line, base, experts)
+            cells = (_cell(*shown.normalised), _cell(*shown.worst), _cell(*shown.closed), line.settings)
+            yield f"| {line.name} | " + " | ".join(cells) + " |"
+
+
+def per_task(lines: Sequence[Line]) -> Iterator[str]:
+    """A row for each method: its accuracy on every task, in percent, the mean over the seeds."""
+    tasks = list(lines[1].seeds[0])
+    yield "| | " + " | ".join(tasks) + " |"
+    yield "|---|" + "--:|" * len(tasks)
+    for line in lines:
+        if line.kind in KINDS:
+            cells = (f"{100 * mean(scores[task] for scores in line.seeds):.1f}" for task in tasks)
+            yield f"| {line.name} | " + " | ".join(cells) + " |"
+
+
+def forgetting_rows(seeds: Sequence[Sequence[Mapping[str, object]]]) -> Iterator[str]:
+    """A row for each pair and way: the accuracy of both tasks in percent, the mean over the seeds."""
+    yield "| first → second | | first | second |"
+    yield "|---|---|--:|--:|"
+    for same in zip(*seeds, strict=True):
+        first, second = str(same[0]["first"]), str(same[0]["second"])
+        scores = [each["scores"] for each in same]
+        cells = (f"{100 * mean(each[task] for each in scores):.1f}" for task in (first, second))  # type: ignore[index]
+        yield f"| {first} → {second} | {same[0]['when']} | " + " | ".join(cells) + " |"
+
+
+def _cell(middle: float, spread: float) -> str:
+    return f"{middle:.1f} ± {spread:.1f}"
