@@ -1,6 +1,7 @@
 # Every verb works in a fresh clone: what it needs is installed into .venv first, once.
 # Settings: PYTHON=/path/to/python (3.11 or later), PYTEST="arguments of pytest", DEMO="arguments of cpimerge demo",
-# FUZZ="arguments of python -m fuzz", TORTURE="arguments of torture/torture.py".
+# FUZZ="arguments of python -m fuzz", TORTURE="arguments of torture/torture.py",
+# SEESAW="arguments of python -m seesaw".
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
@@ -11,9 +12,10 @@ PYTEST := -n 2
 DEMO :=
 TORTURE :=
 FUZZ := --seconds 20
+SEESAW :=
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup test lint bench fuzz torture demo clean
+.PHONY: help setup test lint bench seesaw fuzz torture demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +32,9 @@ lint: $(VENV)/stamp-test ## check style, formatting and types
 
 bench: $(VENV)/stamp-test ## measure speed and memory, beside mergekit
 	@$(BIN)/python benchmarks/bench.py
+
+seesaw: $(VENV)/stamp-seesaw ## train and merge real models in every way that is compared, and rewrite docs/seesaw.md's tables: hours
+	@$(BIN)/python -m seesaw $(SEESAW)
 
 fuzz: $(VENV)/stamp-fuzz ## look for inputs that break a parser: FUZZ="--seconds 20" for each of them
 	@$(BIN)/python -m fuzz $(FUZZ)
@@ -52,6 +57,11 @@ $(VENV)/stamp-run: $(VENV)/stamp-python pyproject.toml constraints.txt
 $(VENV)/stamp-test: $(VENV)/stamp-run
 	@echo "Installing the packages of the test suite into $(VENV)."
 	@$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/stamp-seesaw: $(VENV)/stamp-test
+	@echo "Installing what the seesaw benchmark reads and trains into $(VENV)."
+	@$(INSTALL) '.[seesaw]'
 	@touch $@
 
 $(VENV)/stamp-fuzz: $(VENV)/stamp-test

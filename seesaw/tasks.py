@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -59,7 +60,9 @@ def kept(name: str, read: Callable[[], Iterable[tuple[str, str, str]]], folder: 
     path = folder / "tasks" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(split(name, read()))))
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(split(name, read()))))
+        partial.rename(path)
     content = json.loads(path.read_text())
     parts = {part: tuple(Row(**row) for row in content[part]) for part in ("train", "validation", "test")}
     return Task(name, tuple(content["classes"]), **parts)
