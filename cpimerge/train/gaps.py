@@ -26,14 +26,12 @@ class Gaps:
 
     def __init__(self, positions: Positions) -> None:
         """`positions` int64 [count] in memory, ascending, none twice."""
-        steps = np.diff(positions, prepend=0)
-        narrow = int((steps // 0xFF).sum()) <= steps.size
+        narrow = kernels.size(positions, 0xFF) <= 2 * positions.size
         self._skip = 0xFF if narrow else 0xFFFF
-        skips = steps // self._skip
-        codes = np.full(steps.size + int(skips.sum()), self._skip, np.uint8 if narrow else np.uint16)
-        codes[np.cumsum(skips) + np.arange(steps.size)] = steps % self._skip
+        codes = np.empty(kernels.size(positions, self._skip), np.uint8 if narrow else np.uint16)
+        kernels.encode(positions, self._skip, codes)
         self._codes = torch.from_numpy(codes)
-        self.count = steps.size
+        self.count = positions.size
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +42,7 @@ class Gaps:
         """Its elements' values [count]."""
         values = memory.new_empty(self.count)
         if memory.device.type in COMPILED:
-            kernels.take(self._codes.numpy(), self._skip, memory.numpy(), values.numpy())
+            kernels.take(self._on(memory.device).numpy(), self._skip, memory.numpy(), values.numpy())
         else:
             for piece, positions in self._pieces(memory.device):
                 torch.index_select(memory, 0, positions, out=values[piece])
@@ -53,7 +51,7 @@ class Gaps:
     def put(self, values: torch.Tensor, memory: torch.Tensor) -> None:
         """Write the values [count] to its elements."""
         if memory.device.type in COMPILED:
-            kernels.put(self._codes.numpy(), self._skip, values.numpy(), memory.numpy())
+            kernels.put(self._on(memory.device).numpy(), self._skip, values.numpy(), memory.numpy())
         else:
             for piece, positions in self._pieces(memory.device):
                 memory.index_copy_(0, positions, values[piece])
@@ -61,21 +59,26 @@ class Gaps:
     def clear(self, memory: torch.Tensor) -> None:
         """Set its elements to zero."""
         if memory.device.type in COMPILED:
-            kernels.clear(self._codes.numpy(), self._skip, memory.numpy())
+            kernels.clear(self._on(memory.device).numpy(), self._skip, memory.numpy())
         else:
             for _, positions in self._pieces(memory.device):
                 memory.index_fill_(0, positions, 0)
 
-    def _pieces(self, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Positions int64, piece by piece, with where each piece stands among the elements."""
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """The codes, which lie where the parameter does from its first step there on."""
         if self._codes.device != device:
             self._codes = self._codes.to(device)
+        return self._codes
+
+    def _pieces(self, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Positions int64, piece by piece, with where each piece stands among the elements."""
+        codes = self._on(device)
         before, end = torch.zeros((), dtype=torch.int64, device=device), 0
-        for start in range(0, len(self._codes), PIECE):
-            steps = self._codes[start : start + PIECE].to(torch.int64)
+        for start in range(0, len(codes), PIECE):
+            steps = codes[start : start + PIECE].to(torch.int64)
             positions = steps.cumsum(0).add_(before)
             before = positions[-1]
-            if len(self._codes) > self.count:  # else it need not wait for the device to count them
+            if len(codes) > self.count:  # else it need not wait for the device to count them
                 positions = positions[steps != self._skip]
             begin, end = end, end + len(positions)
             yield slice(begin, end), positions

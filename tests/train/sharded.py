@@ -68,6 +68,17 @@ def plain(plan: Path, accelerator: Accelerator) -> tuple[Small, FrozenCores]:
     return model, frozen
 
 
+def ddp(plan: Path, accelerator: Accelerator) -> tuple[Small, FrozenCores]:
+    """Whole parameters on every process, whose gradients are views of buckets."""
+    model = Small()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.05, weight_decay=0.1)
+    frozen = FrozenCores(plan, wrapped, stage=STAGE)
+    frozen.attach(optimizer)
+    train(wrapped, optimizer, share_of(accelerator))
+    return model, frozen
+
+
 def columns(plan: Path, accelerator: Accelerator) -> tuple[Small, FrozenCores]:
     """Matrices by columns, all else on every process; one step by given gradients."""
     mesh = init_device_mesh("cpu", (accelerator.num_processes,))
@@ -90,6 +101,7 @@ WAYS: dict[str, Way] = {
     "early": accelerated("early"),
     "control": accelerated("never"),
     "plain": plain,
+    "ddp": ddp,
     "columns": columns,
 }
 
@@ -125,13 +137,12 @@ def main(rank: int, processes: int, directory: Path, plan: Path) -> None:
     held: dict[str, object] = {"refused": refused()}
     for name, way in WAYS.items():
         model, frozen = way(plan, accelerator)
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()) == (name != "ddp")
         if frozen is not None:
             held[name] = {"elements": frozen.elements, "nbytes": frozen.nbytes, "tensors": dict(frozen.tensors)}
         gathered = {
-            name: value.full_tensor().detach().contiguous()
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().contiguous()
             for name, value in model.named_parameters()
-            if isinstance(value, DTensor)
         }
         if rank == 0:
             save_file(gathered, directory / f"{name}.safetensors")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cpimerge.errors import IncompatibleError
 from cpimerge.plan_file import TensorPlan
@@ -69,6 +70,37 @@ def test_a_compiled_part() -> None:
 def test_tied_parameters_are_both_tensors() -> None:
     tensors = planned(bert__embeddings__weight=[5, 3], head__weight=[5, 3])
     assert names(Outer(), tensors) == {"bert.embeddings.weight": ["bert.embeddings.weight", "head.weight"]}
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+BERT = transformers.BertConfig(**TINY)
+LLAMA = transformers.LlamaConfig(**TINY)
+
+
+@pytest.mark.parametrize(
+    ("saved", "trained", "missing"),
+    [
+        (transformers.BertModel(BERT), transformers.BertForSequenceClassification(BERT), 0),
+        (transformers.BertForSequenceClassification(BERT), transformers.BertModel(BERT), 2),
+        (transformers.LlamaModel(LLAMA), transformers.LlamaForCausalLM(LLAMA), 0),
+        (transformers.LlamaForCausalLM(LLAMA), transformers.LlamaModel(LLAMA), 0),
+    ],
+)
+def test_models_of_transformers_with_and_without_a_head(saved: Any, trained: Any, missing: int) -> None:
+    shapes = {name: list(value.shape) for name, value in saved.named_parameters()}
+    fit = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
+    assert len(shapes) - len(fit) == missing
+    found = names(trained, planned(**fit))
+    assert sorted(tensor for tensors in found.values() for tensor in tensors) == sorted(fit)
+    parts = [{name.removeprefix("bert.").removeprefix("model.") for name in of} for of in (found, fit)]
+    assert parts[0] == parts[1]
+    if missing:
+        with pytest.raises(IncompatibleError) as caught:
+            names(trained, planned(**shapes))
+        assert len(caught.value.problems) == missing
 
 
 def test_all_parameters_are_told() -> None:

@@ -68,7 +68,7 @@ def whole(world: World) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-@pytest.mark.parametrize("way", ["late", "early", "plain"])
+@pytest.mark.parametrize("way", ["late", "early", "plain", "ddp"])
 def test_trained_as_by_one_process(way: str, results: Path, masks: Masks, whole: dict[str, torch.Tensor]) -> None:
     start = Small().state_dict()
     found = load_file(results / f"{way}.safetensors")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from staged import Small
 
 STEPS = 4
 
@@ -18,7 +17,7 @@ def rows() -> list[torch.Tensor]:
 
 
 def train(
-    model: Small,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[torch.Tensor],
     backward: Callable[[torch.Tensor], Any] = torch.autograd.backward,
