@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,17 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .stage_cores import Freeze
 
-__all__ = ["Cores", "Job", "Observer", "Outline", "StageOutline", "check_extra", "content_hash", "open_start"]
+__all__ = [
+    "Cores",
+    "Job",
+    "Observer",
+    "Outline",
+    "StageOutline",
+    "check_extra",
+    "content_hash",
+    "library_versions",
+    "open_start",
+]
 
 EXTRA = ("torch", "transformers", "accelerate")
 READ_BYTES = 1 << 20
@@ -107,6 +118,11 @@ def check_extra() -> None:
             "WORLD_SIZE: this trains in one process. For several, use cpimerge.train.FrozenCoresCallback in a script "
             "of your own (see docs/freezing.md)"
         )
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {name: version(name) for name in EXTRA}
 
 
 def open_start(reference: Reference) -> Checkpoint:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import OutputError
+from ..errors import OutputError, ResourceError
 from .settings import Settings
 from .tokens import IGNORED, Encoded, padded
 from .training_log import TrainingLog
@@ -26,6 +26,7 @@ __all__ = ["Course", "held_out_loss", "train_stage"]
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHTS = "model.safetensors"
+DIVERGED = "Train with a lower --learning-rate, or without --bf16"
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,25 @@ def train_stage(
 ) -> None:
     """Train `model` in place, from the checkpoint `resume_from` of an earlier run on where there is one.
 
-    Raises OutputError where the loss is no number any more.
+    Raises OutputError where the loss is no number any more, ResourceError where the device's memory does not suffice.
     """
     trainer = _StageTrainer(model, course)
     for callback in (_Watcher(course, trainer.tally), *callbacks):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"stage {course.number}: the memory of {model.device} does not suffice. Lower --batch-size, and raise "
+            "--gradient-accumulation for it; or lower --max-length"
+        ) from error
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what bf16 put around its forward
 
 
 def held_out_loss(
     model: PreTrainedModel, examples: Mapping[str, Sequence[Encoded]], padding: int, batch_size: int
 ) -> dict[str, float]:
-    """The mean loss of a token by task, in float32 and without dropout."""
+    """The mean loss of a token by task, in float32 and without dropout. Raises OutputError where it is no number."""
     model.train(False)
     losses = {}
     for task, encoded in examples.items():
@@ -76,8 +83,10 @@ def held_out_loss(
                 key: value.to(model.device) for key, value in _batch(padding, encoded[begin:][:batch_size]).items()
             }
             with torch.no_grad():
-                total += float(_token_losses(model, batch).double().sum())
+                total += float(_token_losses(model, batch).cpu().double().sum())
             tokens += int((batch["labels"] != IGNORED).sum())
+        if not math.isfinite(total):
+            raise OutputError(f"the loss of {task!r} on held-out examples is no number any more. {DIVERGED}")
         losses[task] = total / tokens
     return losses
 
@@ -110,8 +119,8 @@ class _Tally:
     def add(self, task: torch.Tensor, losses: torch.Tensor, labels: torch.Tensor) -> None:
         """A batch: `task` int64 [rows, 1], `losses` float32 [rows, length − 1], `labels` int64 [rows, length]."""
         rows = task.flatten().cpu()
-        self._sums.index_add_(0, rows, losses.detach().double().sum(1).cpu())
-        self._tokens.index_add_(0, rows, (labels[:, 1:] != IGNORED).double().sum(1).cpu())
+        self._sums.index_add_(0, rows, losses.detach().cpu().double().sum(1))
+        self._tokens.index_add_(0, rows, (labels[:, 1:] != IGNORED).cpu().double().sum(1))
 
     def taken(self) -> dict[str, Any]:
         """What was added since the last time, as the log has it."""
@@ -193,10 +202,7 @@ class _Watcher(TrainerCallback):
         """A line in the log."""
         course, step, found = self.course, state.global_step, self.tally.taken()
         if not math.isfinite(found["loss"]):
-            raise OutputError(
-                f"stage {course.number}, step {step}: the loss is no number any more. Train with a lower "
-                "--learning-rate, or without --bf16"
-            )
+            raise OutputError(f"stage {course.number}, step {step}: the loss is no number any more. {DIVERGED}")
         place = {"stage": course.number, "step": step, "steps": course.steps}
         course.log.append({**place, "learning_rate": self._rate, **found})
         control.should_save = step % course.settings.save_steps == 0 and step < course.steps

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from .. import __version__
 from ..card import hub_place, model_name
 from ..companions import CARD, companion_files
 from ..plain_text import code, plain_name
-from .job import EXTRA, Job
+from .job import Job, library_versions
 from .training_log import LOG, TrainingLog, first_and_last
 from .weights import stored_values, write_weights
 
@@ -77,7 +76,7 @@ def _record(
         "samples": {task: len(job.samples[task].train) for task in job.tasks},
         "held_out_before": held_out.get(0),
         "stages": stages,
-        "versions": {name: version(name) for name in EXTRA},
+        "versions": library_versions(),
         "shards": dict(shards),
     }
 

@@ -28,7 +28,7 @@ from ..places import keep_only, remove
 from ..staging import Staging, Target, Work, staged_bytes, staged_directory
 from .callback import FrozenCoresCallback
 from .frozen import FrozenCores
-from .job import Job, Observer, Outline, StageOutline
+from .job import Job, Observer, Outline, StageOutline, library_versions
 from .loop import Course, held_out_loss, train_stage
 from .output import read_record, write_output
 from .sampling import ordered
@@ -71,7 +71,8 @@ def run(job: Job, target: Target, observer: Observer) -> dict[str, Any]:
     elements = sum(tensor.elements for tensor in job.start.tensors.values())
     needed = 2 * CHECKPOINT_BYTES * elements + job.start.nbytes  # an old checkpoint goes when the new one is there
     check_disk(needed - staged_bytes(target.directory), target.directory)
-    work = Work(job.kind, xxhash.xxh3_128_hexdigest(repr(sorted(job.parts.items())).encode()), job.parts)
+    parts = {**job.parts, **library_versions()}
+    work = Work(job.kind, xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode()), parts)
     with staged_directory(target, job.inputs, work) as staging:
         if staging.is_published:
             return read_record(target.directory)

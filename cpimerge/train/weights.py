@@ -21,6 +21,7 @@ __all__ = ["load", "load_tokenizer", "restore", "save", "stored_values", "write_
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 OPEN_FILES = 8
+NOISE = 1e-4  # of float32, and of how it is summed up
 
 
 def load(start: Checkpoint) -> PreTrainedModel:
@@ -28,13 +29,18 @@ def load(start: Checkpoint) -> PreTrainedModel:
 
     Raises CheckpointError where transformers cannot load it, or holds its tensors in another form than the files do.
     """
-    with _quiet(), _refused(start.path, "as a causal language model"):
+    with _quiet(), _refused(start.path, "it as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             start.path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
     model: PreTrainedModel = loaded[0]
     values = stored_values(model, start)
     problems = [*_missing(model, start, values), *_unlike(start, values)]
+    if not problems and not _is_causal(model):
+        problems = [
+            f"{start.path}: is no causal language model: what it says of a token depends on those after it, so that "
+            "it would learn to copy them"
+        ]
     if problems:
         raise CheckpointError(problems)
     return model
@@ -106,6 +112,15 @@ def _unlike(start: Checkpoint, values: Mapping[str, torch.Tensor]) -> Iterator[s
             stored = torch.from_numpy(_bytes(tensor, handles)).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
             if not torch.equal(stored.float(), value.detach().float().cpu()):
                 yield f"{start.path}: tensor {name!r}: NaN in it, or transformers changes its values as it loads them"
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token changes nothing of what the model says of those before it."""
+    ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]])  # that have an embedding in any model
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    change = (logits[0] - logits[1]).abs().amax(dim=-1)  # float32 [4]
+    return bool(change[:3].max() <= NOISE * change[3])
 
 
 def _bytes(tensor: Tensor, handles: Handles) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -427,6 +427,31 @@ def test_a_training_that_diverges(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_last_step_that_diverges(world: Path, tmp_path: Path) -> None:
+    """Its loss was a number before it."""
+    settings = replace(SMALL, learning_rate=1e37, warmup=0.0, steps=1)
+    with pytest.raises(OutputError, match="the loss of 'math' on held-out examples is no number any more"):
+        probe(world / "base", "math", world / "data.jsonl", tmp_path / "out", settings=settings)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_device_without_the_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "_token_losses", refuse)
+    with pytest.raises(ResourceError, match=r"stage 1: the memory of cpu does not suffice. Lower --batch-size"):
+        train(world, tmp_path / "out", settings=replace(SMALL, holdout=0))
+
+
+def test_a_run_of_other_libraries_does_not_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "out", progress=_stops(2, 3))
+    monkeypatch.setattr(runs, "library_versions", lambda: {"torch": "1.0", "transformers": "5", "accelerate": "1"})
+    with pytest.raises(OutputError, match=r"another sft: torch and 2 more changed since"):
+        train(world, tmp_path / "out")
+
+
 def test_an_output_that_is_there_stays(world: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
