@@ -142,13 +142,17 @@ def test_several_trainings(world: World, tmp_path: Path) -> None:
                 raise ArithmeticError
 
     failing = Failing()
-    training = trainer(tmp_path, model, FrozenCoresCallback(world.plan, stage=3))
+    callback = FrozenCoresCallback(world.plan, stage=3)
+    training = trainer(tmp_path, model, callback)
     training.add_callback(failing)
     with pytest.raises(ArithmeticError):
         training.train()
+    left = callback.frozen
+    assert left is not None
     failing.fails = False
     training.train()
     training.train()
+    assert left._attached == []
     states = unmoved(world, model, start)
     assert all(frozen for frozen, _ in states.values())
     assert not states["hidden.weight"][1]
