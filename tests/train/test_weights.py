@@ -78,7 +78,12 @@ def test_what_is_saved_is_restored(tmp_path: Path) -> None:
 
 
 def test_a_model_that_looks_ahead(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     torch.manual_seed(0)
     for is_decoder in (True, False):
         config = BertConfig(vocab_size=20, is_decoder=is_decoder, **sizes)
