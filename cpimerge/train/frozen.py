@@ -88,13 +88,7 @@ class FrozenCores:
         if any(steps.optimizer is inner for steps in self._attached):
             return
         self._known = self._find(self._known)
-        trained = _trained(inner)
-        if trained.isdisjoint(self._known.parameters):
-            raise IncompatibleError(
-                f"optimizer {type(inner).__name__}: trains no parameter of the model, but another model's, or copies. "
-                "Make it of `model.parameters()`"
-            )
-        self._others[inner] = trained - self._known.parameters
+        self._note(inner, _trained(inner))
         self._attached.append(Steps(inner, self._parts_of))
 
     def detach(self) -> None:
@@ -113,9 +107,20 @@ class FrozenCores:
         with self._cores.opened() as cores:
             for parameter, (name, tensors) in names.items():
                 place = Placement.of(name, parameter)
-                positions = np.unique(np.concatenate([cores.positions(tensor) for tensor in tensors]))
+                positions = cores.positions(tensors[0])
+                for tied in tensors[1:]:
+                    positions = np.union1d(positions, cores.positions(tied))
                 parts[parameter] = Part(name, place, Gaps(place.offsets(positions)))
         return _Known(parameters, parts)
+
+    def _note(self, optimizer: torch.optim.Optimizer, trained: set[torch.nn.Parameter]) -> None:
+        """Remember what the optimizer trains beside the model. Raises IncompatibleError where that is all."""
+        if trained.isdisjoint(self._known.parameters):
+            raise IncompatibleError(
+                f"optimizer {type(optimizer).__name__}: trains no parameter of the model, but another model's, or "
+                "copies. Make it of `model.parameters()`"
+            )
+        self._others[optimizer] = trained - self._known.parameters
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, Part]]:
         """What is frozen of the parameters that the optimizer has now.
@@ -125,7 +130,7 @@ class FrozenCores:
         trained = _trained(optimizer)
         if not trained - self._known.parameters <= self._others[optimizer] or not self._known.fits(trained):
             self._known = self._find(self._known)
-            self._others[optimizer] = trained - self._known.parameters
+            self._note(optimizer, trained)
         return [(parameter, part) for parameter, part in self._known.parts.items() if parameter in trained]
 
 

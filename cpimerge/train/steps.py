@@ -49,8 +49,8 @@ class Steps:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         parts = self._find(optimizer)
-        self._open.append([(parameter, part, part.gaps.take(bits(parameter))) for parameter, part in parts])
         _clear_all(parts)
+        self._open.append([(parameter, part, part.gaps.take(bits(parameter))) for parameter, part in parts])
 
         def without(closure: Callable[[], Any]) -> Callable[[], Any]:
             """The closure, whose gradients have nothing for frozen elements either: LBFGS steps by them."""
@@ -67,13 +67,17 @@ class Steps:
         return changed, kwargs if closure is None else kwargs | {"closure": without(closure)}
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        problems = []
         for parameter, part, values in self._open.pop():
-            if not part.place.fits(parameter):
-                raise IncompatibleError(
+            if part.place.fits(parameter):
+                part.gaps.put(values, bits(parameter))
+            else:
+                problems.append(
                     f"optimizer {type(optimizer).__name__}: gave parameter {part.name!r} another layout in its step, "
-                    "in which its frozen elements are not found"
+                    "in which its frozen elements are not found. Use another optimizer"
                 )
-            part.gaps.put(values, bits(parameter))
+        if problems:
+            raise IncompatibleError(problems)
 
 
 def _clear_all(parts: Parts) -> None:

@@ -375,6 +375,16 @@ def test_parameters_that_are_replaced(world: World) -> None:
     step_and_compare(world, model, optimizer)
 
 
+def test_parameters_that_are_copied_behind_its_back(world: World) -> None:
+    """As programs do that keep copies of higher precision: to train on would move everything."""
+    model = Small()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    FrozenCores(world.plan, model, stage=3).attach(optimizer)
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(each.detach().clone()) for each in model.parameters()]
+    with pytest.raises(IncompatibleError, match="optimizer SGD: trains no parameter of the model"):
+        optimizer.step()
+
+
 def test_an_optimizer_with_parameters_of_another_model_too(world: World) -> None:
     model, beside = Small(), torch.nn.Linear(2, 2)
     optimizer = optim.SGD([*model.parameters(), *beside.parameters()], lr=0.1)
@@ -387,13 +397,16 @@ def test_an_optimizer_that_changes_the_layout_is_refused(world: World) -> None:
     class Turning(optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for parameter in self.param_groups[0]["params"]:
-                parameter.data = parameter.data.t().contiguous().t()
+                parameter.data = (parameter.data + 1).t().contiguous().t()
 
     model = Small()
     optimizer = Turning(model.parameters(), lr=0.1)
     FrozenCores(world.plan, model, stage=3).attach(optimizer)
-    with pytest.raises(IncompatibleError, match=r"Turning: gave parameter 'embed\.weight' another layout in its step"):
+    start = model.norm.bias.detach().clone()
+    with pytest.raises(IncompatibleError, match=r"Turning: gave parameter 'embed\.weight' another layout") as caught:
         optimizer.step()
+    assert len(caught.value.problems) == 2  # the other matrix has one row
+    assert torch.equal(same_bits(model.norm.bias, start), world.masks(3, "prior")["norm.bias"])
 
 
 def test_a_sparse_gradient_is_refused(world: World) -> None:
