@@ -11,10 +11,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import compiled
+from .arrays import Counts, compiled
 
 Codes = npt.NDArray[Any]
 Integers = npt.NDArray[np.signedinteger[Any]]
+
+
+@compiled
+def size(positions: Counts, skip: int) -> int:
+    """How many codes the ascending positions int64 [k] take."""
+    codes, before = positions.size, 0
+    for position in positions:
+        codes += (position - before) // skip
+        before = position
+    return codes
+
+
+@compiled
+def encode(positions: Counts, skip: int, codes: Codes) -> None:
+    """Write the codes of the ascending positions int64 [k]; there is room for `size` of them."""
+    place, before = 0, 0
+    for position in positions:
+        for _ in range((position - before) // skip):
+            codes[place] = skip
+            place += 1
+        codes[place] = (position - before) % skip
+        place += 1
+        before = position
 
 
 @compiled
