@@ -22,7 +22,7 @@ from .tokens import IGNORED, Encoded, padded
 from .training_log import TrainingLog
 from .weights import restore, save
 
-__all__ = ["Course", "held_out_loss", "train_stage"]
+__all__ = ["Course", "held_out_loss", "place", "train_stage"]
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHTS = "model.safetensors"
@@ -70,6 +70,13 @@ def train_stage(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what bf16 put around its forward
 
 
+def place(model: PreTrainedModel) -> None:
+    """Move the model where the Trainer will want it: to the accelerator, where there is one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is not None:
+        torch.nn.Module.to(model, device)
+
+
 def held_out_loss(
     model: PreTrainedModel, examples: Mapping[str, Sequence[Encoded]], padding: int, batch_size: int
 ) -> dict[str, float]:
@@ -79,9 +86,8 @@ def held_out_loss(
     for task, encoded in examples.items():
         total, tokens = 0.0, 0
         for begin in range(0, len(encoded), batch_size):
-            batch = {
-                key: value.to(model.device) for key, value in _batch(padding, encoded[begin:][:batch_size]).items()
-            }
+            on_cpu = _batch(padding, encoded[begin : begin + batch_size])
+            batch = {key: value.to(model.device) for key, value in on_cpu.items()}
             with torch.no_grad():
                 total += float(_token_losses(model, batch).cpu().double().sum())
             tokens += int((batch["labels"] != IGNORED).sum())

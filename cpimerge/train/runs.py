@@ -29,7 +29,7 @@ from ..staging import Staging, Target, Work, staged_bytes, staged_directory
 from .callback import FrozenCoresCallback
 from .frozen import FrozenCores
 from .job import Job, Observer, Outline, StageOutline, library_versions
-from .loop import Course, held_out_loss, train_stage
+from .loop import Course, held_out_loss, place, train_stage
 from .output import read_record, write_output
 from .sampling import ordered
 from .tokens import Encoded, encode_all
@@ -128,6 +128,7 @@ class _Run:
         """Train what is left, and write the output; returns its record."""
         model = load(self.job.start)
         self._check_rows(model)
+        place(model)
         first, step = self._begin(model)
         for number in range(first, len(self.job.stages) + 1):
             self._train(model, number, step if number == first else 0)
@@ -191,8 +192,8 @@ class _Run:
         """A checkpoint within a stage is written: keep it, and none before it."""
         directory = self.staging.root / f"stage-{number}"
         checkpoint = directory / f"checkpoint-{step}"
-        for place in (*checkpoint.iterdir(), checkpoint, directory):
-            flush(place)
+        for written in (*checkpoint.iterdir(), checkpoint, directory):
+            flush(written)
         self._record(_Point(stage=number, step=step, log=self.log.nbytes))
         keep_only(directory, [checkpoint.name], [checkpoint.name])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from worlds import SMALL, WORDS, tokenizer, write_base, write_data
 from cpimerge import CheckpointError, OutputError
 from cpimerge.directory import open_checkpoint
 from cpimerge.train import probe
-from cpimerge.train.weights import load, restore, save, stored_values, write_weights
+from cpimerge.train.weights import load, load_tokenizer, restore, save, stored_values, write_weights
 
 
 def gpt2(directory: Path, kind: type[Any]) -> Path:
@@ -107,3 +109,24 @@ def test_what_transformers_does_not_load(tmp_path: Path) -> None:
     (base / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"transformers cannot load it as a causal language model: .*unheard-of"):
         load(open_checkpoint(base))
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard-of"])
+def test_code_of_a_model_is_not_run(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_bytes())
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": names}), encoding="utf-8")
+    settings = json.loads((base / "tokenizer_config.json").read_bytes())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    marker = tmp_path / "it ran"
+    (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nConfig = Model = Tokenizer = dict\n", encoding="utf-8")
+    start = open_checkpoint(base)
+    for opened in (load, load_tokenizer):
+        with suppress(CheckpointError):
+            opened(start)
+    assert not marker.exists()
+    if kind != "llama":
+        with pytest.raises(CheckpointError, match="transformers cannot load"):
+            load(start)
