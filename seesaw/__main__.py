@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .training import Learner, Schedule
 PARTS = ("encoder", "causal", "tables")
 SEEDS = (0, 1, 2)
 ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
-CAUSAL = Schedule(steps=32, batch=8, rate=2e-4)
+CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
 CAUSAL_TASKS = ("news", "movies", "scripture", "languages", "docstrings")
 
 
@@ -31,13 +32,19 @@ def main() -> None:
     parts = options.parts or PARTS
     if "encoder" in parts:
         benches = encoder_benches(options.folder, options.seeds)
-        results.save(list(results.measure(benches)), "encoder")
+        results.save(list(results.measure(benches, benches)), "encoder")
+        _write("sweep", list(results.sweep(benches)))
         kept = [[asdict(each) for each in forgetting(bench)] for bench in benches]
-        (results.RESULTS / "forgetting.json").write_text(json.dumps(kept, indent=1) + "\n")
+        _write("forgetting", kept)
     if "causal" in parts:
-        results.save(list(results.measure(causal_benches(options.folder, options.seeds))), "causal")
+        benches = causal_benches(options.folder, options.seeds)
+        results.save(list(results.measure(benches, benches[:1])), "causal")
     if "tables" in parts:
         write_tables()
+
+
+def _write(name: str, content: Any) -> None:
+    (results.RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def encoder_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:

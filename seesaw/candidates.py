@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
-from .bench import Bench
+from .bench import Bench, Scores
 from .merging import PAPER, Parameters
 from .methods import by_mergekit, merged
 
@@ -17,10 +18,10 @@ MERGEKIT: Mapping[str, tuple[str, Sequence[Parameters]]] = {  # by the name in t
     "task arithmetic": ("task_arithmetic", [{"lambda": factor} for factor in FACTORS]),
     "ties": (
         "ties",
-        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2, 0.5) for f in (1.0, 1.5, 2.0)],
+        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2, 0.5) for f in (1.0, 1.5)],
     ),
-    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
-    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS[1:4]]),
+    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS[1:4]]),
 }
 
 DENSITIES = (0.001, 0.01, 0.05, 0.1, 0.2)
@@ -31,10 +32,9 @@ OWN: Mapping[str, Sequence[Parameters]] = {
     "magmax": [{"density": 1, "conflict": "largest"}],
     "fusion, cpimerge's defaults": [{}],
     "fusion, chosen": [
-        {"density": p, "conflict": conflict, "space": "delta", "rest": rest}
-        for p in (0, 0.01, 0.1, 0.2)
+        {"density": p, "conflict": conflict, "space": "delta"}
+        for p in (0, 0.01, 0.1, 0.2, 0.5)
         for conflict in (("largest", "mean", "elect") if p else ("last",))
-        for rest in (0.75, 1)
     ],
 }
 
@@ -62,7 +62,10 @@ def chosen(benches: Sequence[Bench], name: str) -> Parameters:
 
 def mean_validation(benches: Sequence[Bench], name: str, parameters: Parameters) -> float:
     """The mean accuracy on validation rows over tasks and seeds, 0 to 1."""
-    scores = [
-        bench.scores(key(name, parameters), "validation", partial(make, bench, name, parameters)) for bench in benches
-    ]
-    return sum(sum(each.values()) / len(each) for each in scores) / len(scores)
+    return mean(mean(scores.values()) for scores in validated(benches, name, parameters))
+
+
+def validated(benches: Sequence[Bench], name: str, parameters: Parameters) -> list[Scores]:
+    """The accuracies on validation rows of every seed."""
+    case = key(name, parameters)
+    return [bench.scores(case, "validation", partial(make, bench, name, parameters)) for bench in benches]

@@ -62,8 +62,11 @@ class Causal:
         return sorted(path for path in self.base.iterdir() if "token" in path.name or "template" in path.name)
 
     def load(self, path: Path) -> PreTrainedModel:
-        """The model of a directory, in float32."""
+        """The model of a directory, in float32. Its last third of layers is what is trained: that takes a third as long."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.requires_grad_(False)
+        layers = model.base_model.layers
+        layers[len(layers) * 2 // 3 :].requires_grad_(True)
         return model
 
     def loss(self, model: PreTrainedModel, task: str, rows: Sequence[Row]) -> torch.Tensor:

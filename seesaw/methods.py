@@ -81,11 +81,6 @@ def average(bench: Bench) -> Path:
     return merged(bench, {"density": 0})
 
 
-def last_expert(bench: Bench) -> Path:
-    """The expert of the last task."""
-    return list(experts(bench).values())[-1]
-
-
 def cpi_ft(bench: Bench, name: str, parameters: Parameters, freeze: Literal["prior", "all"] | None = "prior") -> Path:
     """The fused model, trained on in the stages of its plan; `freeze` None freezes nothing."""
     return continued(bench, name, parameters, merged(bench, parameters), freeze)
@@ -146,11 +141,9 @@ TRAINED = {  # by the name in the tables
 
 ABLATIONS = {
     "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
-    "no fusion: from the last expert": lambda bench: continued(bench, "no-fusion", PAPER, last_expert(bench)),
     "no freezing": lambda bench: cpi_ft(bench, "no-freezing", PAPER, None),
     "every other core frozen": lambda bench: cpi_ft(bench, "freeze-all", PAPER, "all"),
     "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
-    "groups by hand": lambda bench: cpi_ft(bench, "groups-by-hand", PAPER | {"stages": by_hand(bench)}),
     "one group": lambda bench: cpi_ft(bench, "one-group", PAPER | {"tau": 0}),
     "density 0.1": lambda bench: cpi_ft(bench, "density-0.1", PAPER | {"density": 0.1}),
     "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", {}),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from .bench import Bench, Scores
-from .candidates import MERGEKIT, OWN, chosen, key, make
+from .candidates import MERGEKIT, OWN, chosen, key, make, validated
 from .methods import ABLATIONS, TRAINED
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,17 +27,44 @@ class Line:
     settings: str = ""
 
 
-def measure(benches: Sequence[Bench]) -> Iterator[Line]:
-    """Every method on the test rows; what was measured before is read back."""
+def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Line]:
+    """Every method on the test rows, with settings chosen on the validation rows of `tuned_on`.
+
+    What was measured before is read back.
+    """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
     yield Line("experts, each on its task", "reference", [_experts(bench) for bench in benches])
     for name in (*MERGEKIT, *OWN):
-        settings = chosen(benches, name)
+        settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
         yield Line(name, "merge", scores, ", ".join(f"{setting} {value}" for setting, value in settings.items()))
     for kind, methods in (("training", TRAINED), ("ablation", ABLATIONS)):
         for name, method in methods.items():
             yield Line(name, kind, [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+
+
+def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
+    """Every candidate of our own on the validation rows: mean accuracy, and that of the worst task against its expert.
+
+    Both are means over the seeds, 0 to 1.
+    """
+    best = [
+        {
+            name: bench.scores(f"expert-{name}-on-{name}", "validation", partial(bench.expert, task), [name])[name]
+            for name, task in bench.tasks.items()
+        }
+        for bench in benches
+    ]
+    done = set()
+    for name in OWN:
+        for settings in OWN[name]:
+            if key(name, settings) not in done:
+                done.add(key(name, settings))
+                scores = validated(benches, name, settings)
+                worst = mean(
+                    min(each[task] / expert[task] for task in each) for each, expert in zip(scores, best, strict=True)
+                )
+                yield {"settings": settings, "mean": mean(mean(each.values()) for each in scores), "worst": worst}
 
 
 def _base(bench: Bench) -> Scores:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from .results import RESULTS, Line, figures, load
 
@@ -37,6 +38,7 @@ def tables() -> Mapping[str, Sequence[str]]:
     lines = load("encoder")
     found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT",))]
     found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
+    found["sweep"] = [*sweep_rows(json.loads((RESULTS / "sweep.json").read_text()))]
     return found
 
 
@@ -72,6 +74,15 @@ def forgetting_rows(seeds: Sequence[Sequence[Mapping[str, object]]]) -> Iterator
         scores = [each["scores"] for each in same]
         cells = (f"{100 * mean(each[task] for each in scores):.1f}" for task in (first, second))  # type: ignore[index]
         yield f"| {first} → {second} | {same[0]['when']} | " + " | ".join(cells) + " |"
+
+
+def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each candidate, best mean first."""
+    yield "| settings | mean accuracy | worst task of expert |"
+    yield "|---|--:|--:|"
+    for each in sorted(candidates, key=lambda each: -each["mean"]):
+        settings = ", ".join(f"{key} {value}" for key, value in each["settings"].items()) or "cpimerge's defaults"
+        yield f"| {settings} | {100 * each['mean']:.1f} | {100 * each['worst']:.1f} |"
 
 
 def _cell(middle: float, spread: float) -> str:

@@ -55,13 +55,14 @@ def train(
     torch.manual_seed(seed)
     model = learner.load(start)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.rate, weight_decay=0.01, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=schedule.rate, weight_decay=0.01, fused=True)
     rates = get_cosine_schedule_with_warmup(optimizer, max(1, schedule.steps // 10), schedule.steps)
     if freeze:
         FrozenCores(freeze.plan, model, stage=freeze.stage, freeze=freeze.which).attach(optimizer)
     for task, rows in batches(tasks, schedule, seed):
         torch.autograd.backward(learner.loss(model, task, rows))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
