@@ -10,6 +10,7 @@ from ..card import model_name
 from ..checkpoint import Checkpoint, read_json_object
 from ..companions import MANIFEST
 from ..errors import CheckpointError, IncompatibleError, PlanError
+from ..plan_arrays import chunks_of
 from ..plan_file import Plan, plan_hash
 from ..references import Reference
 from ..staging import Target, check_target
@@ -40,6 +41,7 @@ def train_stages(
     start = _start(plan, plan_dir, begin)
     check_target(target, [*inputs, start.path])
     check_extra()
+    _check_cores(plan, plan_dir)
     content, planned = content_hash(start), plan_hash(plan_dir)
     origin = {"model": model_name(str(start.path)), "is_base": begin is None, "content_xxh3": content}
     job = Job(
@@ -92,6 +94,15 @@ def _differences(plan: Plan, start: Checkpoint) -> Iterator[str]:
     for name in start.tensors:
         if name not in planned:
             yield f"{start.path}: tensor {name!r}: the plan has no such tensor. Give the model that was fused from it"
+
+
+def _check_cores(plan: Plan, plan_dir: Path) -> None:
+    """Raise PlanError where a core is not what was planned, before the first stage trains, not the last."""
+    from ..cores import CoreReader  # with numba, which a mistake in the data need not wait for
+
+    count = chunks_of(plan)
+    for task in plan.tasks:
+        CoreReader(plan_dir / task.core_file, task.core_xxh3, count).close()
 
 
 def _notes(start: Checkpoint, plan_dir: Path, planned: str) -> Iterator[str]:

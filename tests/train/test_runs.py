@@ -315,6 +315,8 @@ def test_what_the_model_does_not_hold_is_copied(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in extra.items())
     assert not torch.equal(found["lm_head.weight"], weights(base)["lm_head.weight"])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    probe(tmp_path / "out", "code", tmp_path / "data.jsonl", tmp_path / "again", settings=SMALL)
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == found.keys()
 
 
 # --- runs that are cut off --------------------------------------------------------------------------
@@ -474,6 +476,16 @@ def test_a_model_that_is_not_the_plans(world: Path, tmp_path: Path) -> None:
         train(world, tmp_path / "out", model=tmp_path / "nowhere")
     with pytest.raises(PlanError, match="not found"):
         train(world, tmp_path / "out", plan=tmp_path / "nowhere")
+
+
+def test_cores_that_were_damaged_are_found_before_any_training(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    file = world / "plan" / "cores" / "00.roaring"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    told: list[object] = []
+    with pytest.raises(PlanError, match=r"00\.roaring: is not the core that the plan was saved with"):
+        train(world, tmp_path / "out", announce=told.append)
+    assert not told
 
 
 def test_a_base_that_changed_since(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from worlds import PROMPTED, TEMPLATE, tokenizer
 
@@ -131,6 +135,35 @@ def test_a_template_that_forgets_earlier_answers() -> None:
 def test_a_template_that_refuses() -> None:
     with pytest.raises(ValueError, match="the model's chat template refuses it: begin with the user"):
         said("assistant: w1", STRICT)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_tokens_of_bytes(trim_offsets: bool) -> None:
+    """A character may be many tokens, and a token of spaces has no width where offsets are trimmed."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["user assistant so on\n\n"] * 20, trainer)
+    inner.post_processor = ByteLevelOffsets(trim_offsets=trim_offsets)
+    inner.decoder = ByteLevelDecoder()
+    coder = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHATML)  # type: ignore[no-untyped-call]
+    turns = (Turn("user", "é  so"), Turn("assistant", "  so\n\n本 "), Turn("user", "\n"), Turn("assistant", "\n\n"))
+    ids, labels = encode(coder, Example(FILE, 1, turns=turns))
+    assert coder.decode(ids).count("<|im_end|>") == 4
+    learnt = coder.decode([label for label in labels if label != -100])
+    # The last answer begins in one token with the line break before it.
+    assert learnt == "  so\n\n本 <|im_end|>\n" + "\n\n\n<|im_end|>\n"
 
 
 # --- all of them ------------------------------------------------------------------------------------
