@@ -31,7 +31,7 @@ PLAN_PARTS: list[tuple[Any, str, str]] = [
     (examination, "pick", "thresholds"),
     (scanning, "gather", "thresholds: gathering candidates"),
     (scanning, "resolve", "deciding what was open"),
-    (bitsets, "overlaps", "overlaps"),
+    (bitsets, "overlaps", "overlaps and signs in them"),
     (bitsets, "serialize", "serialising cores"),
     (plan_files.PlanFiles, "add", "writing cores"),
     (planning, "_conclude", "coefficients and plan.json"),

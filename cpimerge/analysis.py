@@ -93,6 +93,7 @@ class Analysis:
             return
         findings = self.journal.findings[result.spec.name]
         findings.pairs += result.pairs
+        findings.aligned += result.aligned
         findings.claimed += result.claimed
         findings.sums += result.sums
         self.journal.keep(result)

@@ -117,8 +117,8 @@ def _plan_worker_bytes(inputs: Inputs) -> int:
     """Buffers, a small pool whose every element is open, and results that wait to be written."""
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
-    buffers = CHUNK * (checkpoints * (item + 4) + 16) + checkpoints * (CHUNK // 8 + 4 * MOST)
-    settled = SMALL * tasks // 8 + _gram_bytes(inputs)
+    buffers = CHUNK * (checkpoints * (item + 4) + 16) + checkpoints * (2 * CHUNK // 8 + 4 * MOST)
+    settled = 2 * SMALL * tasks // 8 + _gram_bytes(inputs)
     pool = int(SMALL * CROWDED) * 4 * (1 + checkpoints) + settled
     return buffers + pool + PENDING * (settled + tasks * HISTOGRAM_BYTES)
 
@@ -141,13 +141,13 @@ def _matrix_bytes(inputs: Inputs) -> int:
 
 
 def _shelf_bytes(inputs: Inputs, every: Iterable[Pool]) -> int:
-    """What waits on the shelf for the largest pool: bits of the cores, open elements, Gram matrices."""
+    """What waits on the shelf for the largest pool: bits of the cores and of signs, open elements, Gram matrices."""
     granularity, tasks = inputs.recipe.granularity, len(inputs.recipe.tasks)
     largest = 0
     for pool in every:
         if pool[0].is_float and not is_small(pool, granularity):
             elements = elements_of(pool)
-            kept = elements * tasks // 8 + int(elements * OPEN) * 4 * (1 + len(inputs.checkpoints))
+            kept = 2 * elements * tasks // 8 + int(elements * OPEN) * 4 * (1 + len(inputs.checkpoints))
             largest = max(largest, kept + pool_rows(pool, granularity) * _matrix_bytes(inputs))
     return largest
 

@@ -71,6 +71,7 @@ class Settled:
     chunk: Chunk
     cores: list[bytes]  # for each task, positions within the chunk as a Roaring bitmap
     pairs: Counts  # [T, T] |Ca ∩ Cb|
+    aligned: Counts  # [T, T]: of these, how many moved in the same direction
     claimed: int  # elements in any core
     sums: npt.NDArray[np.float64]  # [T, 2]: Σ m in the core and outside it
     gram: npt.NDArray[np.float64]  # [R, P] of the elements in no core
@@ -226,10 +227,10 @@ class Passes:
         scanning.resolve(
             self._what(spec, chunk), bracket.low, bracket.high, limits, ties, found, self.workers.buffers.scratch
         )
-        pairs = np.empty((self.tasks, self.tasks), np.int64)
-        claimed = int(bitsets.overlaps(found.bits, pairs))
+        pairs, aligned = (np.empty((self.tasks, self.tasks), np.int64) for _ in range(2))
+        claimed = int(bitsets.overlaps(found.bits, found.down, pairs, aligned))
         cores = [self._serialized(bits) for bits in found.bits]
-        return Settled(spec, chunk, cores, pairs, claimed, found.sums, found.gram)
+        return Settled(spec, chunk, cores, pairs, aligned, claimed, found.sums, found.gram)
 
     def _serialized(self, bits: npt.NDArray[np.uint64]) -> bytes:
         room = self.workers.buffers.serialized
@@ -241,9 +242,10 @@ def nothing_found(
 ) -> Found:
     """What a look at a chunk starts from; `places` [U] and `values` [U, C] are for the open elements."""
     checkpoints = values.shape[1]
-    members = checkpoints - member
+    members, words = checkpoints - member, -(-chunk.size // WORD)
     return Found(
-        bits=np.zeros((tasks, -(-chunk.size // WORD)), np.uint64),
+        bits=np.zeros((tasks, words), np.uint64),
+        down=np.zeros((tasks, words), np.uint64),
         counts=np.zeros((tasks, 5), np.int64),
         peaks=np.zeros(checkpoints - 1, np.uint32),
         sums=np.zeros((tasks, 2)),

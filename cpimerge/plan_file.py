@@ -100,7 +100,7 @@ class Settings(_Model):
     conflict: Literal["last", "first", "largest", "mean", "elect"]
     granularity: Literal["tensor", "row"]
     scope: Literal["tensor", "layer", "global"]
-    tau: float
+    tau: float | Literal["auto"]
     rest: float
 
 
@@ -159,7 +159,11 @@ class Task(_Model):
 
 
 class Pair(_Model):
-    """How far two cores overlap. `layers`: Jaccard index by layer; `lift` is null where chance is 0."""
+    """How far two cores overlap. `layers`: Jaccard index by layer; `lift` is null where chance is 0.
+
+    `compared`: elements in both cores, of the tensors in layers (of all where there are no layers); `aligned`: how many
+    of them both tasks moved in the same direction.
+    """
 
     a: str
     b: str
@@ -168,6 +172,8 @@ class Pair(_Model):
     jaccard: float
     chance: float
     lift: float | None
+    compared: Size
+    aligned: Size
     layers: dict[str, float]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from . import __version__
+from .agreement import agreements
 from .analysis import Analysis
 from .budget import Budget
 from .checkpoint import Checkpoint
@@ -19,7 +21,7 @@ from .findings import Findings
 from .folding import Folder
 from .identity import Files, plan_work
 from .needs import plan_room
-from .overlap import Counts, chance, jaccard, stages
+from .overlap import Counts, chance, jaccard, stages, tau_notes
 from .plan_checks import core_file
 from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, TaskTensor, TensorPlan
 from .plan_files import PlanFiles, remove_scratch
@@ -60,8 +62,9 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
     """Everything that follows from the read."""
     recipe = inputs.recipe
     hashes = [writer.finish() for writer in files.cores]
-    total = _sum_pairs(findings.values(), len(recipe.tasks))
-    order = stages(recipe, total)
+    overlaps = _overlaps(inputs, findings)
+    pairs = list(_pairs(inputs, findings, overlaps))
+    order = stages(recipe, overlaps.pairs, agreements(overlaps.compared, overlaps.aligned))
     backbone = order[-1][-1] if recipe.backbone == "last" else recipe.backbone
     backbone = "backbone" if isinstance(backbone, Reference) else backbone
     members = [backbone, *(task for stage in order for task in stage if task != backbone)]
@@ -75,12 +78,12 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
         settings=_settings(inputs),
         inputs=[_input(name, c) for name, c in zip(inputs.names, inputs.checkpoints, strict=True)],
         tasks=[_task(inputs, findings, number, digest) for number, digest in enumerate(hashes)],
-        pairs=list(_pairs(inputs, findings, total)),
+        pairs=pairs,
         stages=order,
         backbone=backbone,
         fold=members,
         layers=_layers(spec.layer for spec in inputs.tensors),
-        notes=list(inputs.notes),
+        notes=[*inputs.notes, *tau_notes(recipe, pairs, np.diag(overlaps.pairs).tolist(), len(order))],
         vocabulary=inputs.vocabulary,
         chat_template=inputs.chat_template,
         coefficients_xxh3=coefficients_xxh3,
@@ -100,7 +103,7 @@ def _settings(inputs: Inputs) -> Settings:
         conflict=recipe.conflict,
         granularity=recipe.granularity,
         scope=recipe.scope,
-        tau=float(recipe.tau),
+        tau="auto" if recipe.tau == "auto" else float(recipe.tau),
         rest=float(recipe.rest),
     )
 
@@ -139,14 +142,28 @@ def _task(inputs: Inputs, findings: dict[str, Findings], number: int, core_xxh3:
     )
 
 
-def _sum_pairs(findings: Iterable[Findings], tasks: int) -> Counts:
-    total = np.zeros((tasks, tasks), np.int64)
-    for found in findings:
-        total += found.pairs
-    return total
+@dataclass(frozen=True)
+class _Overlaps:
+    """Over the model, int64 [T, T] each; see `Pair`."""
+
+    pairs: Counts  # |Ca ∩ Cb|
+    compared: Counts
+    aligned: Counts
 
 
-def _pairs(inputs: Inputs, findings: dict[str, Findings], total: Counts) -> Iterator[Pair]:
+def _overlaps(inputs: Inputs, findings: dict[str, Findings]) -> _Overlaps:
+    floats = [spec for spec in inputs.tensors if spec.is_float]
+    in_layers = [spec for spec in floats if spec.layer] or floats
+    pairs, compared, aligned = (np.zeros((len(inputs.recipe.tasks),) * 2, np.int64) for _ in range(3))
+    for spec in floats:
+        pairs += findings[spec.name].pairs
+    for spec in in_layers:
+        compared += findings[spec.name].pairs
+        aligned += findings[spec.name].aligned
+    return _Overlaps(pairs, compared, aligned)
+
+
+def _pairs(inputs: Inputs, findings: dict[str, Findings], overlaps: _Overlaps) -> Iterator[Pair]:
     """Every pair of tasks, with its overlap in the model and in each layer."""
     eligible = [spec for spec in inputs.tensors if spec.eligible]
     sizes: Counter[tuple[Fraction, ...]] = Counter()  # elements by the tasks' densities, which are mostly the same
@@ -158,16 +175,18 @@ def _pairs(inputs: Inputs, findings: dict[str, Findings], total: Counts) -> Iter
     names = [task.name for task in inputs.recipe.tasks]
     for a, b in combinations(range(len(names)), 2):
         expected = chance([*sizes.values()], [density[a] for density in sizes], [density[b] for density in sizes])
-        index = jaccard(total, a, b)
-        shared = int(total[a, b])
+        index = jaccard(overlaps.pairs, a, b)
+        shared = int(overlaps.pairs[a, b])
         yield Pair(
             a=names[a],
             b=names[b],
             shared=shared,
-            union=int(total[a, a] + total[b, b]) - shared,
+            union=int(overlaps.pairs[a, a] + overlaps.pairs[b, b]) - shared,
             jaccard=float(index),
             chance=float(expected),
             lift=float(index / expected) if expected else None,
+            compared=int(overlaps.compared[a, b]),
+            aligned=int(overlaps.aligned[a, b]),
             layers={layer: float(jaccard(counts, a, b)) for layer, counts in layers.items()},
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, PlainValidator, Tag
 
 from . import dialect
-from .yamltree import Some, Text, Where, Whole, choice, key_text, nearest, number, written
+from .yamltree import Some, Text, Where, Whole, as_number, choice, describe, key_text, nearest, number, written
 
 Scope = Literal["tensor", "layer", "global"]
 Conflict = Literal["last", "first", "largest", "mean", "elect"]
@@ -42,6 +42,20 @@ Numbers = Annotated[
     | Annotated[Some[R], Tag("<mappings>")],
     written("a number, a list of numbers or a list of {filter, value}"),
 ]
+
+
+def _tau(value: object) -> Fraction | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and value.isalpha():
+        raise ValueError(f"unknown value {describe(value)}; write auto, or a number from 0 to 1")
+    tau = as_number(value)
+    if not 0 <= tau <= 1:
+        raise ValueError(f"must be from 0 to 1, got {value}")
+    return tau
+
+
+Tau = Annotated[Fraction | Literal["auto"], PlainValidator(_tau)]
 DTYPE_HINTS = {
     "bf16": "did you mean 'bfloat16'?",
     "fp16": "did you mean 'float16'?",
@@ -106,7 +120,7 @@ class _Shared(SliceSettings):
     """The recipe's `parameters`."""
 
     scope: Annotated[Scope, choice(Scope)] | None = None
-    tau: Share | None = None
+    tau: Tau | None = None
     stages: Some[Some[Text]] | None = None
     order: Order | None = None
     backbone: Text | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,8 @@ def plan_report(plan: Plan) -> Iterator[RenderableType]:
     sections: list[Iterable[RenderableType]] = [_tasks_table(plan), _sparsity_table(plan)]
     if plan.pairs:
         sections.append(_overlap_matrix(plan) if len(plan.tasks) <= MATRIX_TASKS else _overlap_list(plan))
+        if plan.settings.tau == "auto":
+            sections.append(_direction_list(plan))
     for section in (*sections, _stage_lines(plan), _blend_table(plan)):
         yield from section
         yield ""
@@ -176,14 +178,31 @@ def _overlap_matrix(plan: Plan) -> Titled:
 
 
 def _overlap_list(plan: Plan) -> Titled:
-    pairs = sorted(plan.pairs, key=lambda pair: -pair.jaccard)[:LISTED_PAIRS]
-    numbers = {task.name: str(number) for number, task in enumerate(plan.tasks, 1)}
-    rows = [
-        (f"{numbers[p.a]}, {numbers[p.b]}", f"{printable(p.a)}, {printable(p.b)}", share(p.shared, p.union), _lift(p))
-        for p in pairs
-    ]
-    more = f" ({len(pairs)} highest of {len(plan.pairs)} pairs)" if len(pairs) < len(plan.pairs) else ""
+    rows, more = _pair_rows(plan, lambda pair: pair.jaccard, lambda pair: (share(pair.shared, pair.union), _lift(pair)))
     return titled(f"Overlap of cores{more}", ("#", "tasks", "Jaccard", "× chance"), rows)
+
+
+def _direction_list(plan: Plan) -> Titled:
+    """What `tau: auto` goes by."""
+    rows, more = _pair_rows(
+        plan,
+        lambda pair: pair.aligned / max(1, pair.compared),
+        lambda pair: (f"{pair.compared:,}", share(pair.aligned, pair.compared) if pair.compared else "–"),
+    )
+    headings = ("#", "tasks", "shared in layers", "same direction")
+    return titled(f"Directions in what cores share: 50% by chance{more}", headings, rows)
+
+
+def _pair_rows(
+    plan: Plan, rank: Callable[[Pair], float], cells: Callable[[Pair], tuple[str, str]]
+) -> tuple[list[tuple[str, ...]], str]:
+    """The pairs of highest rank, and for the title how many they are where they are not all."""
+    pairs = sorted(plan.pairs, key=lambda pair: -rank(pair))[:LISTED_PAIRS]
+    numbers = {task.name: str(number) for number, task in enumerate(plan.tasks, 1)}
+    rows: list[tuple[str, ...]] = [
+        (f"{numbers[p.a]}, {numbers[p.b]}", f"{printable(p.a)}, {printable(p.b)}", *cells(p)) for p in pairs
+    ]
+    return rows, f" ({len(pairs)} highest of {len(plan.pairs)} pairs)" if len(pairs) < len(plan.pairs) else ""
 
 
 def _lift(pair: Pair) -> str:
@@ -195,11 +214,18 @@ def _lift(pair: Pair) -> str:
 def _stage_lines(plan: Plan) -> Iterator[str]:
     found = _groups(plan)
     settled = sorted(sorted(stage) for stage in plan.stages) == sorted(sorted(group) for group in found)
-    tau = f"tau = {plan.settings.tau:g}"
-    yield f"Stages: {f'groups of cores that overlap by {tau} or more' if settled else 'as the recipe states them'}"
+    tau = plan.settings.tau
+    if tau == "auto":
+        groups, how = (
+            "groups of tasks that move what their cores share in the same direction",
+            "By agreement (tau: auto)",
+        )
+    else:
+        groups, how = f"groups of cores that overlap by tau = {tau:g} or more", f"By overlap (tau = {tau:g})"
+    yield f"Stages: {groups if settled else 'as the recipe states them'}"
     yield from (f" {number}  {_names(stage, ', ')}" for number, stage in enumerate(plan.stages, 1))
     if not settled:
-        yield f"By overlap ({tau}) the groups would be: {'  '.join('{' + _names(group, ', ') + '}' for group in found)}"
+        yield f"{how} the groups would be: {'  '.join('{' + _names(group, ', ') + '}' for group in found)}"
     yield f"Backbone: {printable(plan.backbone)}   Fold: {_names(plan.fold, ' ← ')}"
 
 
@@ -208,17 +234,20 @@ def _names(names: Iterable[str], joint: str) -> str:
 
 
 def _groups(plan: Plan) -> list[list[str]]:
-    """The groups that follow from overlap alone, whatever stages the recipe states."""
+    """The groups that follow from the cores alone, whatever stages the recipe states."""
     import numpy as np
 
-    from .overlap import groups
+    from .agreement import agreements
+    from .overlap import grouped
 
     place = {task.name: number for number, task in enumerate(plan.tasks)}
     counts = np.diag([task.core for task in plan.tasks])
+    compared, aligned = np.zeros_like(counts), np.zeros_like(counts)
     for pair in plan.pairs:
-        a, b = place[pair.a], place[pair.b]
-        counts[a, b] = counts[b, a] = pair.shared
-    found = groups(counts, Fraction(str(plan.settings.tau)))
+        both = [place[pair.a], place[pair.b]], [place[pair.b], place[pair.a]]
+        counts[both], compared[both], aligned[both] = pair.shared, pair.compared, pair.aligned
+    tau = plan.settings.tau
+    found = grouped("auto" if tau == "auto" else Fraction(str(tau)), counts, agreements(compared, aligned))
     return [[plan.tasks[task].name for task in group] for group in found]
 
 
@@ -250,10 +279,6 @@ def _blend_cells(blends: Sequence[Blend]) -> Iterator[str]:
 
 def _remarks(plan: Plan) -> Iterator[str]:
     """What the numbers mean, where it is easily overlooked."""
-    highest = max(plan.pairs, key=lambda pair: pair.jaccard, default=None)
-    if highest is not None and highest.jaccard < plan.settings.tau:
-        most = share(highest.shared, highest.union)
-        yield f"no two cores overlap by tau = {plan.settings.tau:g} (at most {most}), so overlap groups nothing"
     blends = [tensor.blend for tensor in plan.tensors if tensor.blend is not None]
     if any(blend.steps for blend in blends) and not any(blend.slerped for blend in blends):
         hint = ". Updates hardly ever are: try space: delta" if plan.settings.space == "weights" else ""

@@ -121,6 +121,7 @@ def _results(batch: Batch, passes: Passes) -> Results:
         sums=np.zeros((count, tasks, 2)),
         gram=np.zeros((int(batch.grams[-1]), members * (members + 1) // 2)),
         pairs=np.zeros((count, tasks, tasks), np.int64),
+        aligned=np.zeros((count, tasks, tasks), np.int64),
         claimed=np.zeros(count, np.int64),
         lengths=np.zeros((count, tasks), np.int64),
         cores=np.empty(int(batch.cores[-1]), np.uint8),
@@ -143,5 +144,5 @@ def _found(
         for end, length in zip(ends.tolist(), results.lengths[number].tolist(), strict=True)
     ]
     gram = results.gram[batch.grams[number] : batch.grams[number + 1]]
-    claimed = int(results.claimed[number])
-    return [scanned, Settled(spec, chunk, cores, results.pairs[number], claimed, results.sums[number], gram)]
+    pairs, aligned, claimed = results.pairs[number], results.aligned[number], int(results.claimed[number])
+    return [scanned, Settled(spec, chunk, cores, pairs, aligned, claimed, results.sums[number], gram)]

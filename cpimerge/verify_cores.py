@@ -240,7 +240,8 @@ def _compare_settings(plan: Plan, recipe: Recipe, findings: Findings, file: Path
         if getattr(plan.settings, key) != getattr(recipe, key):
             said = f"settings.{key} is {getattr(plan.settings, key)}, in its recipe {getattr(recipe, key)}"
             findings.fail(file, said)
-    given = {"space": recipe.space, "conflict": recipe.conflict, "tau": float(recipe.tau), "rest": float(recipe.rest)}
+    tau = "auto" if recipe.tau == "auto" else float(recipe.tau)
+    given = {"space": recipe.space, "conflict": recipe.conflict, "tau": tau, "rest": float(recipe.rest)}
     for key, expected in given.items():
         if getattr(plan.settings, key) != expected:
             said = f"settings.{key} is {getattr(plan.settings, key)}, in its recipe {expected}"

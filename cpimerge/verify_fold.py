@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,32 +17,78 @@ if TYPE_CHECKING:
     from .plan_file import Blend
     from .recipe import Recipe
 
-__all__ = ["TOLERANCE", "Steps", "deviation", "folded", "omegas", "stages_of"]
+__all__ = ["TOLERANCE", "Overlaps", "Steps", "deviation", "folded", "omegas", "stages_of"]
 
 TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
 EPSILON = 5e-4
 BORDER = 1e-9  # of a cosine: so near to the border of slerp and lerp, either is right
 CLOSE_DEGREES = 0.01
+LEAST = 0.1  # agreement that is told from none
+CHANCE = 3  # deviations that two tasks may agree by accident
 CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
 
 Doubles = npt.NDArray[np.float64]
 
 
-def stages_of(recipe: Recipe, names: Sequence[str], pairs: npt.NDArray[np.int64]) -> list[list[str]]:
-    """METHOD §2: the recipe's stages, or groups of tasks whose cores overlap enough. `pairs` [T, T]: in both."""
+@dataclass(frozen=True)
+class Overlaps:
+    """Of every two tasks, int64 [T, T] each: elements in both cores, and those of them in layers (or in all tensors).
+
+    `aligned`: how many of the latter both moved to the same side of the base.
+    """
+
+    pairs: npt.NDArray[np.int64]
+    compared: npt.NDArray[np.int64]
+    aligned: npt.NDArray[np.int64]
+
+
+def stages_of(recipe: Recipe, names: Sequence[str], overlaps: Overlaps) -> list[list[str]]:
+    """METHOD §2: the recipe's stages, or groups of tasks whose cores overlap enough, or agree enough where they do."""
     if recipe.stages is not None:
         return [list(stage) for stage in recipe.stages]
-    group = list(range(len(names)))
-    for _ in names:  # the smallest number of a group travels one edge a round
-        for a, b in combinations(range(len(names)), 2):
-            union = int(pairs[a, a] + pairs[b, b] - pairs[a, b])
-            if Fraction(int(pairs[a, b]), max(1, union)) >= recipe.tau:
-                group[a] = group[b] = min(group[a], group[b])
+    group = _standing_out(overlaps) if recipe.tau == "auto" else _overlapping(overlaps.pairs, recipe.tau)
     found = [[name for name, its in zip(names, group, strict=True) if its == first] for first in sorted({*group})]
     if recipe.order == "recipe":
         return found
     numbers = random.Random(recipe.order)
     return [stage for _, stage in sorted((numbers.random(), stage) for stage in found)]
+
+
+def _overlapping(pairs: npt.NDArray[np.int64], tau: Fraction) -> list[int]:
+    """Of each task the first task of its group: connected by Jaccard indices of `tau` or more."""
+    group = list(range(len(pairs)))
+    for _ in pairs:  # the smallest number of a group travels one edge a round
+        for a, b in combinations(range(len(pairs)), 2):
+            union = int(pairs[a, a] + pairs[b, b] - pairs[a, b])
+            if Fraction(int(pairs[a, b]), max(1, union)) >= tau:
+                group[a] = group[b] = min(group[a], group[b])
+    return group
+
+
+def _standing_out(overlaps: Overlaps) -> list[int]:
+    """The same by agreement: clusters joined by the mean of their pairs, cut at its steepest fall from 1 to LEAST."""
+    tasks = range(len(overlaps.pairs))
+    agree = {}
+    for a, b in combinations(tasks, 2):
+        both, same = int(overlaps.compared[a, b]), int(overlaps.aligned[a, b])
+        beyond = (same - (both - same)) / both - CHANCE / math.sqrt(both) if both else 0.0
+        agree[a, b] = agree[b, a] = max(LEAST, beyond)
+    group = list(tasks)
+    best, steepest, before = list(group), 0.0, 1.0
+    while True:
+        members = {first: [task for task in tasks if group[task] == first] for first in sorted({*group})}
+        near, joined = LEAST, None
+        for a, b in combinations(members, 2):
+            between = [agree[x, y] for x in members[a] for y in members[b]]
+            mean = math.fsum(between) / len(between)
+            if joined is None or mean > near:
+                near, joined = mean, (a, b)
+        if before / near > steepest:
+            best, steepest = list(group), before / near
+        if joined is None:
+            return best
+        before = near
+        group = [joined[0] if first == joined[1] else first for first in group]
 
 
 def omegas(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[float]:

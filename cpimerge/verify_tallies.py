@@ -18,7 +18,7 @@ from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
 from .verify_cores import Pool, RecipeNumbers, layer_of
 from .verify_elements import Fault, Seen
-from .verify_fold import TOLERANCE, Steps, deviation, folded, omegas, stages_of
+from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, folded, omegas, stages_of
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
 
@@ -36,6 +36,7 @@ class Tally:
     updates: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     pairs: npt.NDArray[np.int64]
+    aligned: npt.NDArray[np.int64]
     digests: list[array[int]]
     claimed: int = 0
     same: bool = True
@@ -84,6 +85,7 @@ class Tallies:
                 updates=np.zeros((tasks, 3), np.int64),
                 sums=np.zeros((tasks, 2)),
                 pairs=np.zeros((tasks, tasks), np.int64),
+                aligned=np.zeros((tasks, tasks), np.int64),
                 digests=[array("Q") for _ in self.plan.inputs],
             )
         return self.read[name]
@@ -94,6 +96,7 @@ class Tallies:
         tally.updates += seen.updates
         tally.sums += seen.sums
         tally.pairs += seen.pairs
+        tally.aligned += seen.aligned
         tally.claimed += seen.claimed
         tally.same &= seen.same
         if seen.faults and tally.fault is None:
@@ -227,9 +230,14 @@ class Tallies:
         updates = _sum((tally.updates for tally in floats), (len(self.plan.tasks), 3))
         sums = _sum((tally.sums for tally in floats), (len(self.plan.tasks), 2))
         shape = (len(self.plan.tasks),) * 2
-        pairs = _sum((tally.pairs for tally in floats), shape)
+        inside = [tally for tally in floats if layer_of(tally.planned.name)] or floats
+        overlaps = Overlaps(
+            pairs=_sum((tally.pairs for tally in floats), shape),
+            compared=_sum((tally.pairs for tally in inside), shape),
+            aligned=_sum((tally.aligned for tally in inside), shape),
+        )
         for number, task in enumerate(self.plan.tasks):
-            core = int(pairs[number, number])
+            core = int(overlaps.pairs[number, number])
             changed, near, rounding = (int(count) for count in updates[number])
             found: dict[str, Any] = {
                 "elements": elements,
@@ -248,18 +256,19 @@ class Tallies:
             if self.numbers is None or self.numbers.of[tally.planned.name].eligible:
                 name = layer_of(tally.planned.name)
                 layers[name] = layers.get(name, 0) + tally.pairs
-        self._pairs(pairs, layers, findings, file)
-        self._order(pairs, findings, file)
+        self._pairs(overlaps, layers, findings, file)
+        self._order(overlaps, findings, file)
 
-    def _pairs(self, pairs: Any, layers: Mapping[str, Any], findings: Findings, file: Path) -> None:
+    def _pairs(self, overlaps: Overlaps, layers: Mapping[str, Any], findings: Findings, file: Path) -> None:
         names = [task.name for task in self.plan.tasks]
         every = list(combinations(range(len(names)), 2))
         if [(pair.a, pair.b) for pair in self.plan.pairs] != [(names[a], names[b]) for a, b in every]:
             findings.fail(file, "its pairs are not those of its tasks")
             return
         for (a, b), pair in zip(every, self.plan.pairs, strict=True):
-            shared, union, index = _overlap(pairs, a, b)
+            shared, union, index = _overlap(overlaps.pairs, a, b)
             found: dict[str, Any] = {"shared": shared, "union": union, "jaccard": index}
+            found |= {"compared": int(overlaps.compared[a, b]), "aligned": int(overlaps.aligned[a, b])}
             said: dict[str, Any] = {key: getattr(pair, key) for key in found}
             if self.numbers is not None:
                 chance = self._chance(a, b)
@@ -270,12 +279,12 @@ class Tallies:
             where = f"pairs.{pair.a}+{pair.b}."
             _compare(_within(where, said), _within(where, found), findings, file)
 
-    def _order(self, pairs: Any, findings: Findings, file: Path) -> None:
+    def _order(self, overlaps: Overlaps, findings: Findings, file: Path) -> None:
         """A note where stages, backbone or the order of the fold are not what recipe and cores give."""
         if self.numbers is None:
             return
         recipe, plan = self.numbers.recipe, self.plan
-        stages = stages_of(recipe, self._names, pairs)
+        stages = stages_of(recipe, self._names, overlaps)
         backbone = recipe.backbone if isinstance(recipe.backbone, str) else "backbone"
         backbone = stages[-1][-1] if backbone == "last" else backbone
         fold = [backbone, *(task for stage in stages for task in stage if task != backbone)]

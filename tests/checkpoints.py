@@ -291,7 +291,7 @@ def settings(draw: st.DrawFn, case: Case) -> Settings:
         density=draw(numbers("0.29", "0.5", "0.1", "1", "0.01", "0")),
         weight=draw(numbers("1", "1", "0", "2.5")),
         t=draw(st.one_of(st.none(), st.none(), numbers("0", "0.3", "0.5", "1"))),
-        tau=draw(numbers("0.1", "0", "0.5", "1")),
+        tau=draw(st.one_of(st.just("auto"), numbers("0.1", "0", "0.5", "1"))),
         space=space,
         rest=draw(numbers("1", "1", "0", "0.3")) if space == "delta" else Fraction(1),
         **{key: draw(st.sampled_from(values)) for key, values in choice.items()},

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ class Settings:
     weight: Number = Fraction(1)
     t: Optional = None
     scope: str = "tensor"
-    tau: Fraction = Fraction(1, 10)
+    tau: Fraction | Literal["auto"] = Fraction(1, 10)
     order: str | int = "recipe"
     stages: Sequence[Sequence[str]] | None = None
     backbone: str = "last"
@@ -93,7 +94,9 @@ class Result:
     chance: dict[tuple[str, str], Fraction | None]
     lift: dict[tuple[str, str], Fraction | None]
     layer_jaccard: dict[str, Pairs]
-    groups: list[list[str]]  # connected components, by their first task in the recipe
+    compared: dict[tuple[str, str], int]  # elements in both cores, in the layers; in all tensors where none is in one
+    aligned: dict[tuple[str, str], int]  # of these, how many both tasks moved in the same direction
+    groups: list[list[str]]  # by their first task in the recipe
     stages: list[list[str]]
     backbone: str  # a task's name, "base" or "path"
     fold: list[str]  # the backbone, then the folded tasks: the columns of `coefficients`
@@ -247,6 +250,51 @@ def groups(tasks: Sequence[str], overlap: Pairs, tau: Fraction) -> list[list[str
                 if overlap[a, b] >= tau:
                     label[a] = label[b] = min(label[a], label[b])
     return [[task for task in tasks if label[task] == i] for i in sorted(set(label.values()))]
+
+
+def directions(
+    cores: Mapping[str, Mapping[str, Sequence[int]]], base: Tensors, experts: Mapping[str, Tensors], floats: list[str]
+) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+    """Of every ordered pair of tasks the elements in both cores, and those that both moved up or both moved down."""
+    names = [name for name in floats if layer(name)] or floats
+    compared = {(a, b): 0 for a in cores for b in cores}
+    aligned = dict(compared)
+    for name in names:
+        moves = {task: np.sign(delta(experts[task][name], base[name])) for task in cores}
+        for a in cores:
+            for b in cores:
+                for i in set(cores[a][name]) & set(cores[b][name]):
+                    compared[a, b] += 1
+                    aligned[a, b] += bool(moves[a][i] == moves[b][i])
+    return compared, aligned
+
+
+def agreement(compared: int, aligned: int) -> float:
+    """How far two tasks agree on the direction, from 0.1 (not told from not at all) to 1."""
+    if compared == 0:
+        return 0.1
+    opposed = compared - aligned
+    return max(0.1, (aligned - opposed) / compared - 3 / math.sqrt(compared))
+
+
+def clusters(tasks: Sequence[str], agree: Mapping[tuple[str, str], float]) -> list[list[str]]:
+    """`tau: auto`: average linkage, cut where the agreement of what is joined falls by the largest ratio."""
+    levels = [[[task] for task in tasks]]  # from all alone to all in one
+    heights = [1.0]  # and the agreement at which each of them came to be
+    while len(levels[-1]) > 1:
+        found = levels[-1]
+        near = {}
+        for i, one in enumerate(found):
+            for j, other in enumerate(found[:i]):
+                near[j, i] = math.fsum(agree[a, b] for a in one for b in other) / (len(one) * len(other))
+        i, j = min(near, key=lambda pair: (-near[pair], pair))
+        joined = sorted(found[i] + found[j], key=tasks.index)
+        rest = [found[k] for k in range(len(found)) if k not in (i, j)]
+        levels.append(sorted([joined, *rest], key=lambda group: tasks.index(group[0])))
+        heights.append(near[i, j])
+    heights.append(0.1)
+    falls = [heights[k] / heights[k + 1] for k in range(len(levels))]
+    return levels[falls.index(max(falls))]
 
 
 def stages(found: list[list[str]], s: Settings) -> list[list[str]]:
@@ -516,7 +564,9 @@ def run(
     overlap = jaccard(cores, eligible)
     sizes = {name: base[name].numel() for name in eligible}
     by_chance = {(a, b): chance(a, b, sizes, s.density) for a in tasks for b in tasks}
-    found = groups(tasks, overlap, s.tau)
+    compared, aligned = directions(cores, base, experts, floats)
+    agree = {pair: agreement(compared[pair], aligned[pair]) for pair in compared}
+    found = clusters(tasks, agree) if s.tau == "auto" else groups(tasks, overlap, s.tau)
     staged = stages(found, s)
     order = [task for stage in staged for task in stage]
     assert sorted(order) == sorted(tasks), "every task is in one stage"
@@ -527,6 +577,8 @@ def run(
         chance=by_chance,
         lift={pair: overlap[pair] / p if p else None for pair, p in by_chance.items()},
         layer_jaccard={layer(pool[0]): jaccard(cores, pool) for pool in pools(eligible, "layer")},
+        compared=compared,
+        aligned=aligned,
         groups=found,
         stages=staged,
         backbone=backbone,

@@ -150,6 +150,7 @@ def test_the_longest_names(name: str) -> None:
 
 
 def test_the_longest_number() -> None:
+    assert parse(HEAD + "parameters: {tau: auto}").tau == "auto"
     recipe = parse(HEAD + f"parameters: {{tau: 0.{'1' * 98}}}")
     assert recipe.tau == Fraction(int("1" * 98), 10**98)
 
@@ -883,6 +884,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "tau above 1": (
         shared("tau: 2"),
         ["7: parameters.tau: must be from 0 to 1, got 2"],
+    ),
+    "a word for tau": (
+        shared("tau: Auto"),
+        ["7: parameters.tau: unknown value 'Auto'; write auto, or a number from 0 to 1"],
     ),
     "rest above 1": (
         shared("rest: 1.5\n  space: delta"),

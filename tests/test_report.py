@@ -86,6 +86,7 @@ def settings(**changes: Any) -> Settings:
 def pair(a: str, b: str, shared: int, **changes: Any) -> Pair:
     union = 40 - shared
     values = {"shared": shared, "union": union, "jaccard": shared / union, "chance": shared / union / 10, "lift": 10.0}
+    values |= {"compared": shared, "aligned": shared}
     return Pair(a=a, b=b, layers={}, **{**values, **changes})
 
 
@@ -222,27 +223,44 @@ def test_stages_by_hand_stand_beside_the_groups_by_overlap() -> None:
     assert "Stages: groups of cores that overlap by tau = 0.1 or more" in grouped
 
 
+def test_tau_auto_shows_the_directions() -> None:
+    three = [task("a"), task("b"), task("c")]
+    pairs = [
+        pair("a", "b", 2, compared=10_000, aligned=5_100),
+        pair("a", "c", 8, compared=12_000, aligned=11_400),
+        pair("b", "c", 0, compared=0, aligned=0),
+    ]
+    auto = {"pairs": pairs, "settings": settings(tau="auto")}
+    lines = text(plan(three, stages=[["a", "c"], ["b"]], **auto))
+    start = lines.index("Directions in what cores share: 50% by chance")
+    assert lines[start + 1].split() == ["#", "tasks", "shared", "in", "layers", "same", "direction"]
+    assert lines[start + 3 : start + 6] == [
+        "1, 3  a, c             12,000          95.00%",
+        "1, 2  a, b             10,000          51.00%",
+        "2, 3  b, c                  0               –",
+    ]
+    assert "Stages: groups of tasks that move what their cores share in the same direction" in lines
+    by_hand = text(plan(three, stages=[["a"], ["b"], ["c"]], **auto))
+    assert "By agreement (tau: auto) the groups would be: {a, c}  {b}" in by_hand
+
+
 def test_an_overlap_of_exactly_tau_groups() -> None:
     exact = pair("a", "b", 2, union=20, jaccard=0.1)
     grouped = plan([task("a", core=11), task("b", core=11)], pairs=[exact], stages=[["a", "b"]])
     assert "Stages: groups of cores that overlap by tau = 0.1 or more" in text(grouped)
-    assert not any("overlap groups nothing" in note for note in notes(grouped))
 
 
 LERPS = [tensor("a", blend([1.0], slerped=0), [])]
 PARALLEL = "what is blended is so nearly parallel (or zero) that every slerp is in effect a lerp"
-NO_GROUPS = "no two cores overlap by tau = 0.1 (at most 5.26%), so overlap groups nothing"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"tensors": []}, [NO_GROUPS]),
-        ({"tensors": [], "settings": settings(tau=0.01)}, []),
-        ({"tensors": [], "pairs": []}, []),
-        ({"tensors": LERPS}, [NO_GROUPS, f"{PARALLEL}. Updates hardly ever are: try space: delta"]),
-        ({"tensors": LERPS, "settings": settings(space="delta")}, [NO_GROUPS, PARALLEL]),
-        ({"tensors": [tensor("a", blend([], 0, steps=0), [])]}, [NO_GROUPS]),
+        ({"tensors": []}, []),
+        ({"tensors": LERPS}, [f"{PARALLEL}. Updates hardly ever are: try space: delta"]),
+        ({"tensors": LERPS, "settings": settings(space="delta")}, [PARALLEL]),
+        ({"tensors": [tensor("a", blend([], 0, steps=0), [])]}, []),
         (
             {"tensors": [], "pairs": [], "tasks": [task("a", core=0), task("b", core=0)]},
             ["no task has a core: nothing is transplanted"],

@@ -23,7 +23,7 @@ from cpimerge.recipe import parse_recipe
 from cpimerge.verify_arrays import open_npy
 from cpimerge.verify_cores import layer_of, natural, positions_in
 from cpimerge.verify_files import sha256
-from cpimerge.verify_fold import deviation, folded, omegas, stages_of
+from cpimerge.verify_fold import Overlaps, deviation, folded, omegas, stages_of
 from cpimerge.verify_numbers import half_units, nonfinite, rounded, shown, values_of
 from cpimerge.verify_results import parse_share
 
@@ -229,7 +229,7 @@ def test_stages_are_the_references(cores: list[set[int]], tau: str, data: st.Dat
     by_name = {name: {"w": sorted(core)} for name, core in zip(names, cores, strict=True)}
     groups = reference.groups(names, reference.jaccard(by_name, ["w"]), Fraction(tau))
     expected = reference.stages(groups, reference.Settings(order=order, stages=stages))
-    assert stages_of(parse_recipe(text, None, Path("/")), names, pairs) == expected
+    assert stages_of(parse_recipe(text, None, Path("/")), names, Overlaps(pairs, pairs, pairs)) == expected
 
 
 def test_how_far_coefficients_are_off() -> None:

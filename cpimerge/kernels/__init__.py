@@ -14,7 +14,7 @@ order, W = ⌈n/64⌉ words of 64 elements, U open elements.
     scanning    the read of `plan`: everything that one look at a chunk can settle, and what was left open
     differences the read of `inspect`: how two checkpoints differ
     singles     many small tensors in one go: their thresholds, and all that follows
-    bitsets     cores as bits: positions and overlaps
+    bitsets     cores as bits: positions, overlaps, and signs in them
     mixing      the write of `fuse`: the blend
     lowrank     an adapter's update, added to a weight as it is read
     gaps        sets of elements as the gaps between them, back to positions

@@ -118,8 +118,12 @@ def _get(halves: Halves, place: int) -> int:
 
 
 @compiled
-def overlaps(bits: Words, out: Counts) -> int:
-    """|Ca ∩ Cb| of every two rows of `bits` uint64 [T, W] into `out` int64 [T, T]; returns |∪ C|."""
+def overlaps(bits: Words, down: Words, pairs: Counts, aligned: Counts) -> int:
+    """|Ca ∩ Cb| of every two rows of `bits` uint64 [T, W] into `pairs` int64 [T, T]; returns |∪ C|.
+
+    `down` [T, W] has those elements of each core that are less than the base. Into `aligned` [T, T]: how many of both
+    cores are less in both, or in neither.
+    """
     claimed = 0
     for word in range(bits.shape[1]):
         union = np.uint64(0)
@@ -128,7 +132,8 @@ def overlaps(bits: Words, out: Counts) -> int:
         claimed += population(union)
     for a in range(bits.shape[0]):
         for b in range(a, bits.shape[0]):
-            out[a, b] = out[b, a] = _shared(bits[a], bits[b])
+            pairs[a, b] = pairs[b, a] = _shared(bits[a], bits[b])
+            aligned[a, b] = aligned[b, a] = _aligned(bits[a], bits[b], down[a], down[b])
     return claimed
 
 
@@ -137,4 +142,12 @@ def _shared(a: Words, b: Words) -> int:
     count = 0
     for word in range(a.size):
         count += population(a[word] & b[word])
+    return count
+
+
+@compiled
+def _aligned(a: Words, b: Words, down_a: Words, down_b: Words) -> int:
+    count = 0
+    for word in range(a.size):
+        count += population(a[word] & b[word] & ~(down_a[word] ^ down_b[word]))
     return count

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
 from .floats import decode, item_bytes
-from .vectors import SUM_LANES, above, at_least, gram, lowest, population, split_sums
+from .vectors import SUM_LANES, above, at_least, below, gram, lowest, population, split_sums
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
 
@@ -37,6 +37,7 @@ class Found(NamedTuple):
     """What `scan` fills in; see there."""
 
     bits: Words  # [T, W]: certainly in the core
+    down: Words  # [T, W]: and less there than the base
     counts: Counts  # [T, 5]: changed, m ≤ near, within half a unit of the base; above the bracket, in it
     peaks: Bits  # [C − 1]: the largest magnitude
     sums: Doubles  # [T, 2]: Σ m above the bracket, below it
@@ -92,7 +93,9 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
             look_at(task, room, low[t], look.near, found.counts[t], found.peaks[t : t + 1])
             room.magnitude[count:] = 0
             split_sums(room.magnitude[:padded], low[t], high[t], found.sums[t])
-            _sort_out(room.magnitude, low[t], high[t], found.bits[t, begin // WORD :], found.counts[t], room.open)
+            inside = found.bits[t, begin // WORD :]
+            _sort_out(room.magnitude, low[t], high[t], inside, found.counts[t], room.open)
+            _note_down(inside, room.values[c].view(np.float32), base, found.down[t, begin // WORD :])
         opened = _note_open(room.open, begin, room.values, found, opened)
         if look.delta:
             _subtract_base(room.values)
@@ -160,6 +163,14 @@ def _sort_out(magnitude: Bits, low: np.uint32, high: np.uint32, bits: Words, cou
         opened[word] |= between
         counts[3] += population(inside)
         counts[4] += population(between)
+
+
+@compiled
+def _note_down(inside: Words, values: Floats, base: Floats, out: Words) -> None:
+    """Of a tile's elements in the core, those that are less than the base; in most words there is nothing to do."""
+    for word in range(min(values.size // WORD, inside.size)):
+        if inside[word]:
+            out[word] = inside[word] & below(values, base, word * WORD)
 
 
 @compiled
@@ -315,6 +326,7 @@ def _decide(values: Floats, place: int, low: Bits, high: Bits, limits: Bits, tie
         ties[t] -= tie
         inside = opened & ((m > limits[t]) | tie)
         found.bits[t, word] |= np.uint64(inside) << bit
+        found.down[t, word] |= np.uint64(inside & (values[1 + t] < values[0])) << bit
         found.sums[t, 0] += np.float64(size) if inside else 0.0
         found.sums[t, 1] += np.float64(size) if opened & ~inside else 0.0
         claimed |= found.bits[t, word] >> bit & np.uint64(1)

@@ -58,6 +58,7 @@ class Work(NamedTuple):
     """Room for one tensor; contents do not matter."""
 
     bits: Words  # [T · words of a chunk]
+    down: Words  # [T · words of a chunk]
     places: Bits  # [elements of a chunk]
     values: Floats  # [elements of a chunk, C]
     sample: Bits  # [T, MOST]
@@ -69,12 +70,13 @@ class Work(NamedTuple):
 def work(checkpoints: int, elements: int, places: Bits, values: Floats) -> Work:
     """Room for tensors of so many checkpoints and elements; `places` and `values` may serve others too."""
     candidates, spare = (np.empty(elements, np.uint32) for _ in range(2))
-    bits, sample = np.empty(checkpoints * -(-elements // WORD), np.uint64), np.empty((checkpoints, MOST), np.uint32)
-    return Work(bits, places, values, sample, candidates, spare, np.empty(1 << DIGIT, np.int64))
+    bits, down = (np.empty(checkpoints * -(-elements // WORD), np.uint64) for _ in range(2))
+    sample = np.empty((checkpoints, MOST), np.uint32)
+    return Work(bits, down, places, values, sample, candidates, spare, np.empty(1 << DIGIT, np.int64))
 
 
 class Results(NamedTuple):
-    """What was found of each tensor; all of it 0 at first. As in `Found`, and |Ca ∩ Cb| in `pairs`."""
+    """What was found of each tensor; all of it 0 at first. As in `Found` and `bitsets.overlaps`."""
 
     states: npt.NDArray[np.int8]  # [B]
     counts: Counts  # [B, T, 5]
@@ -82,6 +84,7 @@ class Results(NamedTuple):
     sums: Doubles  # [B, T, 2]
     gram: Doubles  # [rows of all, P]
     pairs: Counts  # [B, T, T]
+    aligned: Counts  # [B, T, T]
     claimed: Counts  # [B]: elements in any core
     lengths: Counts  # [B, T]: bytes of each core
     cores: Stored  # Roaring bitmaps, those of a tensor one after the other
@@ -102,8 +105,10 @@ def settle_all(raw: Stored, batch: Batch, blend: Blend, room: Scratch, work: Wor
         row = min(batch.rows[b], size)
         look = Look(size, row, tasks, blend.member, blend.delta, blend.near, least, half, batch.begins[b])
         work.bits[: tasks * words] = 0
+        work.down[: tasks * words] = 0
         found = Found(
             work.bits[: tasks * words].reshape((tasks, words)),
+            work.down[: tasks * words].reshape((tasks, words)),
             out.counts[b],
             out.peaks[b],
             out.sums[b],
@@ -113,7 +118,7 @@ def settle_all(raw: Stored, batch: Batch, blend: Blend, room: Scratch, work: Wor
         )
         out.states[b] = _settle(raw, batch.kinds[b], batch.sizes[b], look, found, room, work)
         if out.states[b] == SETTLED:
-            out.claimed[b] = bitsets.overlaps(found.bits, out.pairs[b])
+            out.claimed[b] = bitsets.overlaps(found.bits, found.down, out.pairs[b], out.aligned[b])
             end = batch.cores[b]
             for t in range(tasks):
                 out.lengths[b, t] = bitsets.serialize(found.bits[t], out.cores[end:])
@@ -140,7 +145,14 @@ def _settle(raw: Stored, kinds: Counts, sizes: Counts, look: Look, found: Found,
         values = found.values[:opened]
         limits[t], ties[t] = _threshold(values, t, low[t], high[t], wanted - above, between, work)
     left = Found(
-        found.bits, found.counts, found.peaks, found.sums, found.gram, found.places[:opened], found.values[:opened]
+        found.bits,
+        found.down,
+        found.counts,
+        found.peaks,
+        found.sums,
+        found.gram,
+        found.places[:opened],
+        found.values[:opened],
     )
     scanning.resolve(look, low, high, limits, ties, left, room)
     return SETTLED

@@ -140,6 +140,22 @@ at_least = _compares(">=")
 
 
 @intrinsic
+def below(typing, values, base, place):  # type: ignore[no-untyped-def]
+    """The word of those elements [place, place + WORD) whose `values` float32 are below those of `base` float32."""
+    signature = numba.types.uint64(values, base, place)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.FloatType(), WORD)
+        ours, theirs = (
+            _load(builder, _pointer(context, builder, kind, array), args[2], vector)
+            for kind, array in zip(signature.args[:2], args[:2], strict=True)
+        )
+        return builder.bitcast(builder.fcmp_ordered("<", ours, theirs), _INDEX)
+
+    return signature, generate
+
+
+@intrinsic
 def split_sums(typing, magnitude, low, high, out):  # type: ignore[no-untyped-def]
     """Adds to `out` float64 [2] the Σ of `magnitude` uint32 [n] above `high` and that below `low`; SUM_LANES | n."""
     signature = numba.types.void(magnitude, low, high, out)

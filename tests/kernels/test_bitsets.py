@@ -69,11 +69,15 @@ def test_the_longest_bitmap_is_no_shorter_than_most_bytes() -> None:
 @pytest.mark.parametrize("elements", [1, 64, 65, 1000])
 @pytest.mark.parametrize("density", [0, 0.1, 0.9, 1])
 def test_overlaps(tasks: int, elements: int, density: float) -> None:
-    members = np.random.default_rng(elements).random((tasks, elements)) < density
-    bits = np.array([words_of(row) for row in members])
-    out = np.full((tasks, tasks), -1, np.int64)
-    assert overlaps(bits, out) == members.any(axis=0).sum()
-    assert out.tolist() == [[int((a & b).sum()) for b in members] for a in members]
+    rng = np.random.default_rng(elements)
+    members = rng.random((tasks, elements)) < density
+    less = members & (rng.random((tasks, elements)) < 0.4)
+    bits, down = (np.array([words_of(row) for row in rows]) for rows in (members, less))
+    pairs, aligned = (np.full((tasks, tasks), -1, np.int64) for _ in range(2))
+    assert overlaps(bits, down, pairs, aligned) == members.any(axis=0).sum()
+    assert pairs.tolist() == [[int((a & b).sum()) for b in members] for a in members]
+    signs = members.astype(int) - 2 * less  # 1 up, -1 down, 0 in no core
+    assert aligned.tolist() == [[int((a * b == 1).sum()) for b in signs] for a in signs]
 
 
 # --- what a stranger may have written ---------------------------------------------------------------

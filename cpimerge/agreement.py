@@ -1,0 +1,63 @@
+"""`tau: auto`: groups of tasks that move what their cores share in the same direction (METHOD §2, docs/grouping.md).
+
+The cores of any two tasks overlap more than by chance, since all of them prefer the same elements. Only tasks that have
+something in common also agree on the direction. So the agreement of signs has a zero point that depends neither on the
+density nor on the scope or the model, which the Jaccard index lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["agreements", "clusters"]
+
+FLOOR = 0.1  # unrelated tasks reach it: what agrees less is not told from what does not agree
+DEVIATIONS = 3  # of chance: two tasks that share few elements may agree by accident
+
+Counts = npt.NDArray[np.int64]
+Shares = npt.NDArray[np.float64]
+
+
+def agreements(compared: Counts, aligned: Counts) -> Shares:
+    """How far any two tasks agree beyond chance: float64 [T, T], 1 at most, FLOOR at least.
+
+    `compared` int64 [T, T]: elements in the cores of both; `aligned` [T, T]: of these, those that both moved in the
+    same direction. It is the share of these less the share of the others, less what chance may do.
+    """
+    size = np.maximum(compared, 1)
+    beyond: Shares = (2 * aligned - compared) / size - DEVIATIONS / np.sqrt(size)
+    return np.maximum(beyond, FLOOR)
+
+
+def clusters(similarity: Shares) -> list[list[int]]:
+    """Groups of tasks, by first task, tasks ascending, from the `agreements` of all [T, T].
+
+    Average linkage joins the two most similar clusters until one is left. The similarities at which that happens fall
+    from 1, where every task is alone, to FLOOR, where all are one; the cut is where they fall by the largest ratio, of
+    equal ones at the first, which has the most groups.
+    """
+    steps = list(_linkage(similarity))
+    heights = [1.0, *(height for _, height in steps[:-1]), FLOOR]
+    ratios = [above / below for above, below in pairwise(heights)]
+    return steps[ratios.index(max(ratios))][0]
+
+
+def _linkage(similarity: Shares) -> Iterator[tuple[list[list[int]], float]]:
+    """The clusters from every task alone to all in one, each with the similarity of those two that are joined next."""
+    found = [[task] for task in range(len(similarity))]
+    while len(found) > 1:
+        means = {pair: _mean(similarity, found[pair[0]], found[pair[1]]) for pair in combinations(range(len(found)), 2)}
+        (a, b), height = max(means.items(), key=lambda item: item[1])  # of equal ones the first
+        yield found, height
+        found = sorted([sorted(found[a] + found[b]), *(found[n] for n in range(len(found)) if n not in (a, b))])
+    yield found, FLOOR
+
+
+def _mean(similarity: Shares, one: Sequence[int], other: Sequence[int]) -> float:
+    """Of all pairs between two clusters; rounded once, so that no order of additions matters."""
+    return math.fsum(float(similarity[a, b]) for a in one for b in other) / (len(one) * len(other))
