@@ -153,11 +153,13 @@ class _Run:
         if done is None:
             self._look(model, 0)
             return 1, 0
-        self.observer.resumed(done.stage, done.step or self._steps(done.stage))
         finished = done.stage if done.step is None else done.stage - 1
+        first, step = finished + 1, done.step or 0
+        is_trained = first > len(self.job.stages)
+        self.observer.resumed(*((finished, self._steps(finished)) if is_trained else (first, step)))
         if finished:
             restore(model, self._after(finished))
-        return finished + 1, done.step or 0
+        return first, step
 
     def _train(self, model: PreTrainedModel, number: int, step: int) -> None:
         """One stage, from behind the checkpoint at `step` on."""

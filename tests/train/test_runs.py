@@ -332,7 +332,7 @@ def _stops(stage: int, step: int) -> Any:
 
 @pytest.mark.parametrize(
     ("stage", "step", "resumed"),
-    [(1, 1, None), (1, 3, (1, 2)), (2, 1, (1, 3)), (2, 3, (2, 2)), (2, 6, (2, 4))],
+    [(1, 1, None), (1, 3, (1, 2)), (2, 1, (2, 0)), (2, 3, (2, 2)), (2, 6, (2, 4))],
 )
 def test_a_run_that_is_interrupted_goes_on_and_ends_in_the_same_bytes(
     world: Path, trained: Path, tmp_path: Path, stage: int, step: int, resumed: tuple[int, int] | None
@@ -350,10 +350,17 @@ def test_a_run_that_is_interrupted_goes_on_and_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("what", "calls"), [("flush", 5), ("flush", 20), ("save", 1), ("held_out_loss", 3), ("write_output", 1)]
+    ("what", "calls", "resumed"),
+    [
+        ("flush", 5, []),
+        ("flush", 20, [(2, 2)]),
+        ("save", 1, [(1, 2)]),
+        ("held_out_loss", 3, [(2, 4)]),
+        ("write_output", 1, [(2, 6)]),
+    ],
 )
 def test_a_failure_between_the_steps(
-    world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, calls: int
+    world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, calls: int, resumed: Any
 ) -> None:
     """Also where a checkpoint is written and not yet noted, and after the last stage."""
     real, left = getattr(runs, what), [calls]
@@ -368,7 +375,9 @@ def test_a_failure_between_the_steps(
         patched.setattr(runs, what, fail)
         with pytest.raises(OutputError, match="No space left on device"):
             train(world, tmp_path / "out")
-    train(world, tmp_path / "out")
+    told: list[tuple[int, int]] = []
+    train(world, tmp_path / "out", resumed=lambda *place: told.append(place))
+    assert told == resumed
     assert files(tmp_path / "out") == files(trained)
     assert os.listdir(tmp_path) == ["out"]
 
