@@ -10,7 +10,6 @@ from ..card import model_name
 from ..checkpoint import Checkpoint, read_json_object
 from ..companions import MANIFEST
 from ..errors import CheckpointError, IncompatibleError, PlanError
-from ..plan_arrays import chunks_of
 from ..plan_file import Plan, plan_hash
 from ..references import Reference
 from ..staging import Target, check_target
@@ -99,6 +98,7 @@ def _differences(plan: Plan, start: Checkpoint) -> Iterator[str]:
 def _check_cores(plan: Plan, plan_dir: Path) -> None:
     """Raise PlanError where a core is not what was planned, before the first stage trains, not the last."""
     from ..cores import CoreReader  # with numba, which a mistake in the data need not wait for
+    from ..plan_arrays import chunks_of
 
     count = chunks_of(plan)
     for task in plan.tasks:
