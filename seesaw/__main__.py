@@ -37,8 +37,8 @@ def main() -> None:
         kept = [[asdict(each) for each in forgetting(bench)] for bench in benches]
         _write("forgetting", kept)
     if "causal" in parts:
-        benches = causal_benches(options.folder, options.seeds)
-        results.save(list(results.measure(benches, benches[:1])), "causal")
+        tuned_on = encoder_benches(options.folder, options.seeds)
+        results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")
     if "tables" in parts:
         write_tables()
 
@@ -53,7 +53,7 @@ def encoder_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
 
     tasks = main_tasks(folder)
     learner: Learner = Encoder(tasks)
-    return [Bench(learner, tasks, ENCODER, seed, folder / learner.name / str(seed)) for seed in seeds]
+    return [Bench(learner, tasks, ENCODER, seed, folder.resolve() / learner.name / str(seed)) for seed in seeds]
 
 
 def causal_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
@@ -61,8 +61,8 @@ def causal_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
     from .causal import Causal
 
     tasks = {name: task for name, task in main_tasks(folder).items() if name in CAUSAL_TASKS}
-    learner: Learner = Causal(tasks, folder)
-    return [Bench(learner, tasks, CAUSAL, seed, folder / learner.name / str(seed)) for seed in seeds]
+    learner: Learner = Causal(tasks, folder.resolve())
+    return [Bench(learner, tasks, CAUSAL, seed, folder.resolve() / learner.name / str(seed)) for seed in seeds]
 
 
 def parse() -> argparse.Namespace:

@@ -62,7 +62,7 @@ class Causal:
         return sorted(path for path in self.base.iterdir() if "token" in path.name or "template" in path.name)
 
     def load(self, path: Path) -> PreTrainedModel:
-        """The model of a directory, in float32. Its last third of layers is what is trained: that takes a third as long."""
+        """The model of a directory, in float32. Its last third of layers is trained: that takes a third as long."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.requires_grad_(False)
         layers = model.base_model.layers
