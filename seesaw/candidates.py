@@ -11,29 +11,29 @@ from .bench import Bench, Scores
 from .merging import PAPER, Parameters
 from .methods import by_mergekit, merged
 
-FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6)
+FACTORS = (0.3, 0.4, 0.5)
 
 MERGEKIT: Mapping[str, tuple[str, Sequence[Parameters]]] = {  # by the name in the tables: mergekit's, and its settings
     "plain average": ("task_arithmetic", [{"normalize": True}]),
     "task arithmetic": ("task_arithmetic", [{"lambda": factor} for factor in FACTORS]),
     "ties": (
         "ties",
-        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2, 0.5) for f in (1.0, 1.5)],
+        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2) for f in (1.0, 1.5)],
     ),
-    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS[1:4]]),
-    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS[1:4]]),
+    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
 }
 
-DENSITIES = (0.001, 0.01, 0.05, 0.1, 0.2)
+DENSITIES = (0.01, 0.05, 0.1)
 OWN: Mapping[str, Sequence[Parameters]] = {
     "fusion as in the paper": [PAPER],
     "fusion as in the paper, density chosen": [PAPER | {"density": p} for p in DENSITIES],
-    "localize-and-stitch": [{"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.05, 0.1, 0.2)],
+    "localize-and-stitch": [{"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.1, 0.2)],
     "magmax": [{"density": 1, "conflict": "largest"}],
     "fusion, cpimerge's defaults": [{}],
     "fusion, chosen": [
         {"density": p, "conflict": conflict, "space": "delta"}
-        for p in (0, 0.01, 0.1, 0.2, 0.5)
+        for p in (0, 0.01, 0.1, 0.2)
         for conflict in (("largest", "mean", "elect") if p else ("last",))
     ],
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from .bench import Bench, Scores
 from .candidates import MERGEKIT, OWN, chosen, key, make, validated
 from .methods import ABLATIONS, TRAINED
 
+Spread = tuple[float, float | None]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -95,15 +96,15 @@ def load(learner: str) -> list[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A method in numbers, each the mean and the standard deviation over the seeds, in percent.
+    """A method in numbers, each the mean and the standard deviation (None: one seed) over the seeds, in percent.
 
     `normalised`: mean over the tasks of its score divided by the expert's. `worst`: the least of these.
     `closed`: the share of the gap between the base and the experts that is closed, from means over the tasks.
     """
 
-    normalised: tuple[float, float]
-    worst: tuple[float, float]
-    closed: tuple[float, float]
+    normalised: Spread
+    worst: Spread
+    closed: Spread
 
 
 def figures(line: Line, base: Line, experts: Line) -> Figures:
@@ -118,6 +119,6 @@ def figures(line: Line, base: Line, experts: Line) -> Figures:
     return Figures(_spread(map(mean, shares)), _spread(map(min, shares)), _spread(gaps))
 
 
-def _spread(values: Iterator[float] | Sequence[float]) -> tuple[float, float]:
+def _spread(values: Iterable[float]) -> Spread:
     percent = [100 * value for value in values]
-    return mean(percent), stdev(percent) if len(percent) > 1 else 0.0
+    return mean(percent), stdev(percent) if len(percent) > 1 else None

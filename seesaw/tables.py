@@ -85,5 +85,5 @@ def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| {settings} | {100 * each['mean']:.1f} | {100 * each['worst']:.1f} |"
 
 
-def _cell(middle: float, spread: float) -> str:
-    return f"{middle:.1f} ± {spread:.1f}"
+def _cell(middle: float, spread: float | None) -> str:
+    return f"{middle:.1f}" if spread is None else f"{middle:.1f} ± {spread:.1f}"
