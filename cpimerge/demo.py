@@ -29,9 +29,9 @@ models:
 {models}{parameters}"""
 # What is made of the same experts: the tool's defaults, and points to compare them with.
 MERGES = {
-    "plain average": {"density": "0"},
+    "plain average": {"density": "0", "space": "weights"},
     "fused": {},
-    "fused, deltas": {"density": "0.1", "space": "delta", "conflict": "largest"},
+    "fused, paper": {"density": "0.01", "scope": "global", "space": "weights", "conflict": "last"},
 }
 
 
@@ -143,5 +143,5 @@ def _merge(directory: Path, name: str, parameters: dict[str, str]) -> None:
 
 
 def _slug(name: str) -> str:
-    """A model's name as a directory's: `fused, deltas` → `fused-deltas`."""
+    """A model's name as a directory's: `fused, paper` → `fused-paper`."""
     return name.replace(",", "").replace(" ", "-")

@@ -16,14 +16,14 @@ _RANDOM = "it draws at random what it keeps, and cpimerge's result is always the
 
 # Every method of mergekit 0.1.5: what to do instead.
 METHODS = {
-    "linear": "with density: 0 cpi averages the models by weight, see recipes/average.yml",
-    "slerp": "with one model besides the base, density: 0 and backbone: base, cpi's t is slerp's",
+    "linear": "with density: 0 and space: weights cpi averages the models by weight, see recipes/average.yml",
+    "slerp": "with one model besides the base, density: 0, space: weights and backbone: base, cpi's t is slerp's",
     "ties": "with equal weights and lambda 1 it is cpi with conflict: elect, space: delta and rest: 0, "
     "see recipes/ties.yml",
-    "task_arithmetic": "with lambda 1 and weights that add up to 1 it averages the models, as cpi does with density: 0 "
-    "(recipes/average.yml); else use mergekit for it",
+    "task_arithmetic": "with lambda 1 and weights that add up to 1 it averages the models, "
+    "as cpi does with density: 0 and space: weights (recipes/average.yml); else use mergekit for it",
     "ram": "at epsilon 0 it is cpi with density: 1, conflict: mean, space: delta and rest: 0",
-    "nuslerp": "two models with density: 0 are slerped by weight, with space: delta their differences from the base; "
+    "nuslerp": "two models with density: 0 are slerped by weight, their differences from the base unless space: weights; "
     "for its other forms use mergekit",
     "passthrough": "it copies layers, and cpimerge fuses whole models; " + _ELSE,
     "dare_linear": _RANDOM,

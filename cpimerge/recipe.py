@@ -133,8 +133,8 @@ class Recipe:
     order: Literal["recipe"] | int = "recipe"
     stages: tuple[tuple[str, ...], ...] | None = None
     backbone: str | Reference = "last"
-    conflict: Conflict = "last"
-    space: Space = "weights"
+    conflict: Conflict = "mean"
+    space: Space = "delta"
     rest: Fraction = Fraction(1)
     granularity: Granularity = "tensor"
     exclude: tuple[Exclude, ...] = ()

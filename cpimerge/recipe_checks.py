@@ -120,8 +120,8 @@ def _check_pairs(tree: Tree) -> Iterator[Problem]:
     stages, order, rest = (("parameters", key) for key in ("stages", "order", "rest"))
     if stages in tree.lines and order in tree.lines:
         yield tree.problem(order, f"stages, line {tree.lines[stages]}, give the order already; remove one")
-    if (tree.at("parameters", "space") or "weights") == "weights" and _is_other_than_one(tree.at(*rest)):
-        yield tree.problem(rest, "scales deltas, and space is weights; write space: delta, or remove rest")
+    if tree.at("parameters", "space") == "weights" and _is_other_than_one(tree.at(*rest)):
+        yield tree.problem(rest, "scales deltas, and space is weights; remove one of the two")
     if any(_settings(tree, ("weight",))):
         for where in _settings(tree, ("t",)):
             yield tree.problem(where, "sets a constant factor, so weight has no effect; remove one")

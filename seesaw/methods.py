@@ -78,7 +78,7 @@ def dpi(bench: Bench) -> Path:
 
 def average(bench: Bench) -> Path:
     """The plain average of the experts."""
-    return merged(bench, {"density": 0})
+    return merged(bench, {"density": 0, "space": "weights"})
 
 
 def cpi_ft(bench: Bench, name: str, parameters: Parameters, freeze: Literal["prior", "all"] | None = "prior") -> Path:

@@ -42,8 +42,8 @@ class Settings:
     order: str | int = "recipe"
     stages: Sequence[Sequence[str]] | None = None
     backbone: str = "last"
-    conflict: str = "last"
-    space: str = "weights"
+    conflict: str = "mean"
+    space: str = "delta"
     rest: Fraction = Fraction(1)
     granularity: str = "tensor"
     exclude: Sequence[str] = ()

@@ -33,7 +33,7 @@ SHORT = Effort(
     expert=Schedule(steps=30, rate=1e-2, warmup=2, tokens=400),
     test_rows=8,
 )
-MODELS = ["base", *TASKS, "plain average", "fused", "fused, deltas"]
+MODELS = ["base", *TASKS, "plain average", "fused", "fused, paper"]
 
 
 def model(seed: int = 0) -> TinyLlama:

@@ -347,8 +347,8 @@ def assert_close(theirs: Tensors, ours: Tensors) -> None:
 
 
 def test_slices_with_gradients_and_filters_are_mergekits_slerp(llamas: Path, tmp_path: Path) -> None:
-    """As the hint for slerp says: one model besides the base, density 0 and the base as the backbone."""
-    ours = {"parameters": {"density": 0, "backbone": "base"}}
+    """As the hint for slerp says: one model besides the base, density 0, weights and the base as the backbone."""
+    ours = {"parameters": {"density": 0, "space": "weights", "backbone": "base"}}
     theirs, found = both(llamas, tmp_path, SLERP, {"merge_method": "slerp"}, ours)
     assert_close(theirs, found)
     base = load(llamas / "5" / "base")
@@ -461,7 +461,8 @@ def test_task_arithmetic_with_shares_is_averaging(llamas: Path, tmp_path: Path) 
         near = {key: base[key] + 0.01 * x for key, x in update.items()}
         save(tmp_path / "5" / name, near, config=config(5))
     save(tmp_path / "5" / "base", base, config=config(5))
-    assert_close(*both(tmp_path, tmp_path, TWO, {"merge_method": "task_arithmetic"}, {"parameters": {"density": 0}}))
+    ours = {"parameters": {"density": 0, "space": "weights"}}
+    assert_close(*both(tmp_path, tmp_path, TWO, {"merge_method": "task_arithmetic"}, ours))
 
 
 def test_out_dtype_is_the_outputs(llamas: Path, tmp_path: Path) -> None:

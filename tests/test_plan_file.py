@@ -46,7 +46,7 @@ def planned(tmp_path: Path) -> Path:
         tmp_path / "recipe.yml",
         base_model="./base",
         models=[{"model": "./a"}, {"model": "./b"}],
-        parameters={"density": 0},
+        parameters={"density": 0, "space": "weights"},
     )
     cpimerge.plan(recipe, tmp_path / "plan")
     return tmp_path / "plan"

@@ -118,7 +118,7 @@ def test_defaults_are_those_of_the_method() -> None:
     task = recipe.tasks[0]
     assert [task.name for task in recipe.tasks] == ["math", "code"]
     assert (recipe.scope, recipe.order, recipe.stages) == ("tensor", "recipe", None)
-    assert (recipe.backbone, recipe.conflict, recipe.space) == ("last", "last", "weights")
+    assert (recipe.backbone, recipe.conflict, recipe.space) == ("last", "mean", "delta")
     assert (recipe.granularity, recipe.exclude, recipe.dtype, recipe.vocabulary) == ("tensor", (), None, None)
     assert (recipe.tau, recipe.rest) == (Fraction(1, 10), Fraction(1))
     assert recipe.density_of(task, "w", Fraction(0)) == Fraction(1, 100)
@@ -1096,12 +1096,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["7: parameters.backbone: is the directory of 'base'; write backbone: base"],
     ),
     "rest of weights": (
-        shared("rest: 0.5"),
-        ["7: parameters.rest: scales deltas, and space is weights; write space: delta, or remove rest"],
-    ),
-    "rest of weights, said": (
         shared("space: weights\n  rest: 0"),
-        ["8: parameters.rest: scales deltas, and space is weights; write space: delta, or remove rest"],
+        ["8: parameters.rest: scales deltas, and space is weights; remove one of the two"],
     ),
     "t and weight": (
         shared("t: 0.5\n  weight: 2"),
@@ -1223,6 +1219,7 @@ parameters:
   rest: 0
   t: 1
   weight:
+  space: weights
 dtype: bf16
 """) == [
         "5: models[0].naem: unknown key; did you mean 'name'?",
@@ -1232,10 +1229,10 @@ dtype: bf16
         "9: parameters.order: stages, line 10, give the order already; remove one",
         "10: parameters.stages[1][0]: no task is named 'cod'; tasks: math",
         "12: parameters.tau: given twice, first in line 11; remove one",
-        "13: parameters.rest: scales deltas, and space is weights; write space: delta, or remove rest",
+        "13: parameters.rest: scales deltas, and space is weights; remove one of the two",
         "14: parameters.t: sets a constant factor, so weight has no effect; remove one",
         "15: parameters.weight: has no value; give it one or remove it",
-        "16: dtype: unknown value 'bf16'; did you mean 'bfloat16'?",
+        "17: dtype: unknown value 'bf16'; did you mean 'bfloat16'?",
     ]
 
 
