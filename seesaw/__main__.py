@@ -32,10 +32,9 @@ def main() -> None:
     parts = options.parts or PARTS
     if "encoder" in parts:
         benches = encoder_benches(options.folder, options.seeds)
-        results.save(list(results.measure(benches, benches)), "encoder")
+        results.save([*results.measure(benches, benches), *results.ablate(benches[0])], "encoder")
         _write("sweep", list(results.sweep(benches)))
-        kept = [[asdict(each) for each in forgetting(bench)] for bench in benches]
-        _write("forgetting", kept)
+        _write("forgetting", [asdict(each) for each in forgetting(benches[0])])
     if "causal" in parts:
         tuned_on = encoder_benches(options.folder, options.seeds)
         results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")

@@ -39,9 +39,14 @@ def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Lin
         settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
         yield Line(name, "merge", scores, ", ".join(f"{setting} {value}" for setting, value in settings.items()))
-    for kind, methods in (("training", TRAINED), ("ablation", ABLATIONS)):
-        for name, method in methods.items():
-            yield Line(name, kind, [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+    for name, method in TRAINED.items():
+        yield Line(name, "training", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+
+
+def ablate(bench: Bench) -> Iterator[Line]:
+    """Every ablation on the test rows of one seed."""
+    for name, method in ABLATIONS.items():
+        yield Line(name, "ablation", [bench.scores(name, "test", partial(method, bench))])
 
 
 def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
@@ -108,13 +113,13 @@ class Figures:
 
 
 def figures(line: Line, base: Line, experts: Line) -> Figures:
-    """What the tables say of a line."""
+    """What the tables say of a line, over its seeds, which are the first ones."""
     shares = [
-        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=True)
+        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=False)
     ]
     gaps = [
         (mean(scores.values()) - mean(start.values())) / (mean(best.values()) - mean(start.values()))
-        for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=True)
+        for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=False)
     ]
     return Figures(_spread(map(mean, shares)), _spread(map(min, shares)), _spread(gaps))
 

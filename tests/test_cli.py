@@ -175,7 +175,7 @@ def test_the_demo_says_what_it_needs(models: Path, monkeypatch: pytest.MonkeyPat
 def test_fuse_prints_where_the_model_is_and_what_was_done(models: Path, tmp_path: Path) -> None:
     result = run("fuse", models / "plan", "--output", tmp_path / "out")
     assert (result.exit_code, result.exception) == (0, None)
-    assert result.stdout == f"fused: {tmp_path}/out   1 file; tensors: 3 lerp, 1 not floating-point\n"
+    assert result.stdout == f"fused: {tmp_path}/out   1 file; tensors: 3 slerp, 1 not floating-point\n"
     assert files(tmp_path / "out").keys() == {
         "README.md",
         "config.json",
@@ -425,7 +425,7 @@ def test_a_real_terminal(models: Path, tmp_path: Path, columns: int, width: int)
     assert {line[:4] for line in bars} == {"plan", "fuse"}
     assert {len(line) for line in bars} == {width}
     assert "\x1b[1mTasks: 2,430 elements, mean update |Δ|\x1b[0m\r\n" in shown
-    assert shown.endswith("   1 file; tensors: 3 lerp, 1 not floating-point\r\n")
+    assert shown.endswith("   1 file; tensors: 3 slerp, 1 not floating-point\r\n")
 
 
 def read_terminal(terminal: int) -> bytes:
