@@ -122,6 +122,7 @@ def test_tau_without_cores(sizes: tuple[int, int, int]) -> None:
     assert notes("tau: 0.1", sizes, three(sizes, (0, 0, 0)), 3) == [
         "tau = 0.1 cannot group anything: no two tasks have a core. Give them a density above 0"
     ]
+    assert notes("density: 0", sizes, three(sizes, (0, 0, 0)), 3) == []  # who asks for no cores asks for no groups
 
 
 def test_tau_below_chance() -> None:
