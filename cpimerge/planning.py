@@ -27,6 +27,7 @@ from .plan_file import Blend, Input, Pair, Plan, Settings, ShardIdentity, Task, 
 from .plan_files import PlanFiles, remove_scratch
 from .plan_journal import PlanJournal
 from .preflight import Inputs, TensorSpec
+from .prospects import prospects
 from .references import Reference, planned_path
 from .staging import Target, Watch, staged_directory
 from .stream import workers
@@ -51,7 +52,8 @@ def make_plan(inputs: Inputs, target: Target, budget: Budget, watch: Watch) -> P
             workers(budget.threads, len(inputs.checkpoints)) as pool,  # stops before what it writes to is closed
         ):
             findings = Analysis(inputs, pool, journal, watch).run()
-            plan = _conclude(inputs, findings, journal.files, staging.files).sealed()
+            plan = _conclude(inputs, findings, journal.files, staging.files)
+            plan = plan.model_copy(update={"notes": [*plan.notes, *prospects(plan, inputs)]}).sealed()
             plan.save(staging.files)
     if target.keep_journal:
         remove_scratch(staging.root)

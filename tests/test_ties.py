@@ -30,9 +30,9 @@ UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 def model(seed: int, head: str) -> Tensors:
     """A model whose head is "none", a "copy" of its embedding, or its "own"."""
-    generator = torch.Generator().manual_seed(seed)
+    common, own = torch.Generator().manual_seed(100), torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.randn(6, 4, generator=generator)
+        name: torch.randn(6, 4, generator=common) + torch.randn(6, 4, generator=own) / 10
         for name in (EMBED, "model.layers.0.mlp.weight", "model.layers.1.mlp.weight", HEAD)
     }
     if head == "copy":
@@ -165,11 +165,13 @@ def test_copies_that_may_drift_apart(home: Path, parameters: dict[str, Any]) -> 
 
 def bert(seed: int) -> Tensors:
     """A masked language model: `decoder` is tied, its bias to another."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "bert.embeddings.position_embeddings.weight": torch.randn(6, 4, generator=generator),
-        "bert.embeddings.word_embeddings.weight": torch.randn(6, 4, generator=generator),
-        "bert.encoder.layer.0.output.dense.weight": torch.randn(4, 4, generator=generator),
+    common, own = torch.Generator().manual_seed(100), torch.Generator().manual_seed(seed)
+    rows = {"bert.embeddings.position_embeddings": 6, "bert.embeddings.word_embeddings": 6}
+    weights = {
+        f"{name}.weight": torch.randn(count, 4, generator=common) + torch.randn(count, 4, generator=own) / 10
+        for name, count in (rows | {"bert.encoder.layer.0.output.dense": 4}).items()
+    }
+    return weights | {
         "cls.predictions.bias": torch.zeros(6),
         "cls.predictions.transform.dense.bias": torch.zeros(6),
     }
@@ -207,11 +209,9 @@ def test_a_pickle_has_both_names(home: Path, base_has_both: bool, pickled: bool)
 def test_shared_memory_that_may_drift_apart(home: Path) -> None:
     """Also where no config says that they are tied, and whatever they are called."""
     weight = torch.randn(3, 3)
-    for name in ("base", "expert"):
+    for name, other in (("base", weight + 1), ("expert", weight + 1.1)):
         (home / name).mkdir()
-        torch.save(
-            {"lm_head.weight": weight, "a": weight, "b": weight, "c": weight + 1}, home / name / "pytorch_model.bin"
-        )
+        torch.save({"lm_head.weight": weight, "a": weight, "b": weight, "c": other}, home / name / "pytorch_model.bin")
     parameters = {"scope": "global"}
     models = [{"model": home / "expert"}]
     write_recipe(home / "recipe.yml", base_model=home / "base", models=models, parameters=parameters)

@@ -1,0 +1,127 @@
+"""What a plan's numbers say of whether the fusion will pay: notes on tasks that look wrong (docs/payoff.md).
+
+Some are certain, such as a task that is the base itself. The rule for updates of unequal size was right on real
+experts as often as that page says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from statistics import median
+
+import numpy as np
+
+from .checkpoint import Handles, StoredTensor
+from .plan_file import Plan, Task
+from .preflight import Inputs, TensorSpec
+from .stream import values_of
+
+__all__ = ["UNEQUAL", "prospects", "size", "unequal"]
+
+UNEQUAL = 4.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
+FOREIGN = 0.5  # of the weights' size: fine-tunes move them by 0.0001 to 0.1 of it, another model by 1.4
+DESCENT = 0.999  # of what two cores share, moved in the same direction; two runs of one task reach 0.98
+SHARED = 1000  # elements, for such a share to mean anything
+TENSORS = 16  # of the base, of which a sample is taken
+SAMPLE = 4096  # elements of each of them
+
+
+def prospects(plan: Plan, inputs: Inputs) -> list[str]:
+    """Notes on the tasks of `plan`, which was made from `inputs`: what was seen, what it means, what to do.
+
+    Reads a few thousand of the base's weights where these are files on this disk. Raises CheckpointError where they
+    cannot be read.
+    """
+    weights = _weights(plan, inputs)
+    times = {task.name: _beside(plan, task.name, weights) for task in plan.tasks}
+    foreign = [name for name in times if times[name] >= FOREIGN]
+    notes = [*_copies(plan), *(_foreign(name, times[name]) for name in foreign)]
+    return notes if foreign else [*notes, *_descent(plan), *_unequal(plan.tasks)]
+
+
+def size(task: Task) -> float:
+    """The mean magnitude of a task's update, over all floating-point elements."""
+    total = task.core * task.mean_in + (task.elements - task.core) * task.mean_out
+    return total / task.elements if task.elements else 0.0
+
+
+def unequal(sizes: Sequence[float]) -> float:
+    """How many times the largest of two sizes or more, all above 0, is as large as the median of the others."""
+    *others, largest = sorted(sizes)
+    return largest / median(others)
+
+
+def _copies(plan: Plan) -> Iterator[str]:
+    """Tasks that are the base, and tasks that are each other."""
+    for task in plan.tasks:
+        if not task.changed:
+            yield (
+                f"{task.name!r} is the base: no element differs, so it has no core and weakens the other updates. "
+                "Leave it out, or correct its path"
+            )
+    for a, b in combinations((task.name for task in plan.tasks if task.changed), 2):
+        if _are_one(plan, a, b):
+            yield f"{a!r} and {b!r} are the same model, which counts twice. Leave one of them out"
+
+
+def _are_one(plan: Plan, a: str, b: str) -> bool:
+    return all(tensor.xxh3[a] == tensor.xxh3[b] for tensor in plan.tensors)
+
+
+def _foreign(name: str, times: float) -> str:
+    return (
+        f"the update of {name!r} is {times:.2g} times as large as the weights of the base: it is no fine-tune of this "
+        "base, and fusing it will give nonsense. Take the model that it was trained from as base_model"
+    )
+
+
+def _descent(plan: Plan) -> Iterator[str]:
+    """Two tasks whose updates have a large part in common."""
+    for pair in plan.pairs:
+        if pair.compared >= SHARED and pair.aligned >= DESCENT * pair.compared and not _are_one(plan, pair.a, pair.b):
+            yield (
+                f"{pair.a!r} and {pair.b!r} move {pair.aligned / pair.compared:.1%} of what their cores share in the "
+                "same direction: one was trained from the other, or both from another model than this base. What they "
+                "have in common counts twice. Take that model as base_model, or leave one of them out"
+            )
+
+
+def _unequal(tasks: Sequence[Task]) -> Iterator[str]:
+    """One update that is far larger than the others."""
+    sizes = {task.name: size(task) for task in tasks if task.changed}
+    if len(sizes) < 2 or not all(sizes.values()) or (times := unequal(list(sizes.values()))) < UNEQUAL:
+        return
+    name = max(sizes, key=lambda name: sizes[name])
+    others = "that of the other task" if len(sizes) == 2 else "the median of the other tasks'"
+    yield (
+        f"the update of {name!r} is {times:.2g} times as large as {others}: the fusion will be mostly {name!r}, and "
+        "the others may fall below the base. Take an earlier checkpoint of it, or one trained at a lower rate, or "
+        "leave it out; density: 0 loses less (docs/payoff.md)"
+    )
+
+
+def _weights(plan: Plan, inputs: Inputs) -> dict[str, float]:
+    """The mean magnitude of the base's weights in its largest tensors, by name; from a sample of each."""
+    blended = {tensor.name for tensor in plan.tensors if tensor.action == "blend"}
+    stored = [spec for spec in inputs.tensors if spec.name in blended and isinstance(spec.sources[0], StoredTensor)]
+    largest = sorted(stored, key=lambda spec: -spec.elements)[:TENSORS]
+    handles = Handles(1)
+    try:
+        return {spec.name: _mean_magnitude(spec, handles) for spec in largest if spec.elements}
+    finally:
+        handles.close()
+
+
+def _mean_magnitude(spec: TensorSpec, handles: Handles) -> float:
+    """Of elements in the tensor's middle: vocabularies begin and end with tokens that no text has."""
+    count = min(spec.elements, SAMPLE)
+    first = (spec.elements - count) // 2
+    return float(np.abs(values_of(spec.sources[0], first, first + count, handles)).mean(dtype=np.float64))
+
+
+def _beside(plan: Plan, task: str, weights: Mapping[str, float]) -> float:
+    """The size of a task's update beside that of the base's weights, in the sampled tensors."""
+    sampled = [tensor for tensor in plan.tensors if tensor.name in weights]
+    own = sum(tensor.output.elements * weights[tensor.name] for tensor in sampled)
+    return sum(tensor.tasks[task].sum_in + tensor.tasks[task].sum_out for tensor in sampled) / own if own else 0.0

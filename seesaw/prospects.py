@@ -1,0 +1,262 @@
+"""When fusing does not pay: recipes drawn at random from experts alike and unlike, and what `plan` knew of each.
+
+Beside the experts of the main comparison stand some that a careless person might take for one: trained at a far higher
+rate, far longer, hardly at all, from another model than the base, or on labels in disorder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import cpimerge
+from cpimerge.plan_file import Plan
+from cpimerge.prospects import UNEQUAL as LIMIT
+from cpimerge.prospects import size, unequal
+
+from .bench import Bench, Scores
+from .merging import Parameters, recipe, written
+from .tasks import Row, Task
+from .training import Schedule, accuracy
+
+DRAWS = 12  # recipes of a seed
+ROWS = 100  # of a task to score on, of its validation rows
+FUSION: Parameters = {"density": 0.1, "conflict": "elect", "space": "delta"}
+AVERAGE: Parameters = {"density": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """How an expert is made that is unlike the others."""
+
+    name: str
+    task: str
+    schedule: Schedule
+    start: str | None = None  # the task whose expert it starts from, instead of the base
+    shuffled: bool = False  # whether its labels are in disorder
+
+
+USUAL = Schedule(steps=80, batch=16, rate=1e-4)
+ODD: Mapping[int, Sequence[Odd]] = {  # by seed
+    0: (
+        Odd("odd-news-rate-10", "news", replace(USUAL, rate=1e-3)),
+        Odd("odd-tweets-brief", "tweets", replace(USUAL, steps=5)),
+        Odd("odd-languages-from-docstrings", "languages", USUAL, start="docstrings"),
+    ),
+    1: (
+        Odd("odd-docstrings-brief", "docstrings", replace(USUAL, steps=5)),
+        Odd("odd-languages-rate-5", "languages", replace(USUAL, rate=5e-4)),
+        Odd("odd-scripture-shuffled", "scripture", USUAL, shuffled=True),
+        Odd("odd-movies-rate-10", "movies", replace(USUAL, rate=1e-3)),
+    ),
+    2: (
+        Odd("odd-news-brief", "news", replace(USUAL, steps=5)),
+        Odd("odd-scripture-rate-5", "scripture", replace(USUAL, rate=5e-4)),
+        Odd("odd-tweets-from-languages", "tweets", USUAL, start="languages"),
+    ),
+}
+
+
+def odd_expert(bench: Bench, odd: Odd) -> Path:
+    """The directory of an expert that is unlike the others, trained where it is not there yet."""
+    task = bench.tasks[odd.task]
+    start = bench.expert(bench.tasks[odd.start]) if odd.start else bench.learner.base
+    rows = disordered(task, bench.seed) if odd.shuffled else task
+    return bench.model(odd.name, partial(bench.trained, start, [rows], odd.schedule))
+
+
+def disordered(task: Task, seed: int) -> Task:
+    """`task` with the labels of its rows to train on in another order."""
+    labels = [row.label for row in task.train]
+    random.Random(f"labels {seed}").shuffle(labels)
+    rows = tuple(Row(row.text, label) for row, label in zip(task.train, labels, strict=True))
+    return replace(task, train=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A recipe: the model of each task, what its plan said, and scores on validation rows by task, 0 to 1.
+
+    `sizes` are the mean magnitudes of the updates, `agreements` and `lifts` those of every pair of tasks.
+    """
+
+    seed: int
+    experts: Mapping[str, str]
+    sizes: Mapping[str, float]
+    agreements: Sequence[float]
+    lifts: Sequence[float]
+    base: Scores
+    expert: Scores
+    fusion: Scores
+    average: Scores
+
+    @property
+    def worst(self) -> float:
+        """The least score of a task beside the better of its expert and the base."""
+        return min(self.fusion[task] / max(self.expert[task], self.base[task]) for task in self.experts)
+
+
+OUTCOMES: Mapping[str, Callable[[Trial], bool]] = {
+    "poor": lambda trial: trial.worst < 0.9,
+    "harmful": lambda trial: any(trial.fusion[task] < trial.base[task] - 0.05 for task in trial.experts),
+    "behind the average": lambda trial: mean(trial.fusion.values()) < mean(trial.average.values()) - 0.02,
+}
+
+
+PREDICTORS: Mapping[str, Callable[[Trial], float]] = {
+    "largest update to the median of the others": lambda trial: unequal(list(trial.sizes.values())),
+    "largest update to the second": lambda trial: unequal(sorted(trial.sizes.values())[-2:]),
+    "largest update to the smallest": lambda trial: max(trial.sizes.values()) / min(trial.sizes.values()),
+    "largest update": lambda trial: max(trial.sizes.values()),
+    "number of tasks": lambda trial: len(trial.experts),
+    "highest agreement of signs": lambda trial: max(trial.agreements),
+    "lowest agreement of signs": lambda trial: -min(trial.agreements),
+    "highest lift": lambda trial: max(trial.lifts),
+    "mean lift": lambda trial: mean(trial.lifts),
+}
+
+
+def main(folder: Path, results: Path) -> None:
+    """Measure, keep the trials in `results`, and write the tables of docs/payoff.md to the terminal."""
+    from .__main__ import encoder_benches
+
+    trials = [trial for bench in encoder_benches(folder, sorted(ODD)) for trial in measured(bench)]
+    lines = ",\n ".join(json.dumps(asdict(trial)) for trial in trials)
+    (results / "prospects.json").write_text(f"[\n {lines}\n]\n")
+    sys.stdout.write("\n".join((*tables(trials), "")))
+
+
+def tables(trials: Sequence[Trial]) -> Iterator[str]:
+    """How well everything foretells every outcome, and how often the shipped rule is right: lines of Markdown."""
+    yield f"| {len(trials)} recipes | " + " | ".join(OUTCOMES) + " |"
+    yield "|---|" + "--:|" * len(OUTCOMES)
+    rates = (mean(is_so(trial) for trial in trials) for is_so in OUTCOMES.values())
+    yield "| of all recipes | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |"
+    for name, value in PREDICTORS.items():
+        areas = (area([value(trial) for trial in trials], list(map(is_so, trials))) for is_so in OUTCOMES.values())
+        yield f"| {name} | " + " | ".join(f"{each:.2f}" for each in areas) + " |"
+    yield ""
+    yield "| warned by | poor if warned | poor and warned | harmful if warned | harmful and warned |"
+    yield "|---|--:|--:|--:|--:|"
+    value = PREDICTORS["largest update to the median of the others"]
+    ways = {"a limit from the other seeds": held_out(trials, value)}
+    ways |= {f"the limit {limit}": [value(trial) >= limit for trial in trials] for limit in (3, LIMIT, 8)}
+    for name, warned in ways.items():
+        cells = (
+            cell for outcome in ("poor", "harmful") for cell in right(warned, list(map(OUTCOMES[outcome], trials)))
+        )
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def right(warned: Sequence[bool], so: Sequence[bool]) -> tuple[str, str]:
+    """Precision and recall, as counts."""
+    both = sum(map(bool.__and__, warned, so))
+    return f"{both} of {sum(warned)}", f"{both} of {sum(so)}"
+
+
+def held_out(trials: Sequence[Trial], value: Callable[[Trial], float]) -> list[bool]:
+    """Whether each trial is called poor by the limit that is best on the trials of the other seeds."""
+    limits = {}
+    for seed in {trial.seed for trial in trials}:
+        others = [trial for trial in trials if trial.seed != seed]
+        limits[seed] = best_limit([value(trial) for trial in others], list(map(OUTCOMES["poor"], others)))
+    return [value(trial) >= limits[trial.seed] for trial in trials]
+
+
+def best_limit(values: Sequence[float], so: Sequence[bool]) -> float:
+    """Between two of `values`, where recall less the share of false alarms is largest."""
+
+    def gain(limit: float) -> float:
+        caught = mean(value >= limit for value, is_so in zip(values, so, strict=True) if is_so)
+        return caught - mean(value >= limit for value, is_so in zip(values, so, strict=True) if not is_so)
+
+    return max(((low + high) / 2 for low, high in pairwise(sorted(values))), key=gain)
+
+
+def area(values: Sequence[float], so: Sequence[bool]) -> float:
+    """The area under the ROC curve: how often a value of what is so is above one of what is not."""
+    above = [value for value, is_so in zip(values, so, strict=True) if is_so]
+    below = [value for value, is_so in zip(values, so, strict=True) if not is_so]
+    return mean((high > low) + (high == low) / 2 for high in above for low in below)
+
+
+def draws(bench: Bench) -> Iterator[dict[str, str]]:
+    """The experts of each recipe of a seed: the name of a model by task, of two to all tasks."""
+    order = random.Random(f"prospects {bench.seed}")
+    for _ in range(DRAWS):
+        tasks = order.sample(list(bench.tasks), order.randint(2, len(bench.tasks)))
+        yield {task: order.choice([f"expert-{task}", *_odd_names(bench, task)]) for task in tasks}
+
+
+def _odd_names(bench: Bench, task: str) -> list[str]:
+    return [odd.name for odd in ODD[bench.seed] if odd.task == task]
+
+
+def measured(bench: Bench) -> Iterator[Trial]:
+    """Each recipe of a seed; what was measured before is read back."""
+    for odd in ODD[bench.seed]:
+        odd_expert(bench, odd)
+    base = kept(bench, "base", partial(scored, bench, bench.learner.base, list(bench.tasks)))
+    for number, names in enumerate(draws(bench)):
+        own = {
+            task: kept(bench, name, partial(scored, bench, bench.folder / "models" / name, [task]))[task]
+            for task, name in names.items()
+        }
+        found = kept(bench, f"{number:02d}", partial(measure, bench, names))
+        yield Trial(bench.seed, names, base={task: base[task] for task in names}, expert=own, **found)
+
+
+def kept(bench: Bench, name: str, make: Callable[[], Mapping[str, Any]]) -> Any:
+    """What `make` gives, from the file where an earlier run left it, if there is one."""
+    file = bench.folder / "prospects" / f"{name}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
+
+
+def measure(bench: Bench, names: Mapping[str, str]) -> dict[str, Any]:
+    """The fusion and the plain average of a recipe: a `Trial` without the scores of base and experts."""
+    folder = bench.folder.resolve()
+    experts = {task: folder / "models" / name for task, name in names.items()}
+    scratch, plans = folder / "prospects" / "scratch", list[Plan]()
+    scores = {}
+    for way, parameters in (("fusion", FUSION), ("average", AVERAGE)):
+        content = recipe(bench.learner.base, experts, parameters)
+        cpimerge.merge(written(content, scratch), scratch / "model", force=True, planned=plans.append)
+        scores[way] = scored(bench, scratch / "model", list(names))
+    return seen(plans[0]) | scores
+
+
+def scored(bench: Bench, model: Path, tasks: Sequence[str]) -> Scores:
+    """The accuracy of a model on each of `tasks`, 0 to 1."""
+    loaded = bench.learner.load(model)
+    loaded.train(False)
+    return {name: accuracy(bench.learner, loaded, name, bench.tasks[name].validation[:ROWS]) for name in tasks}
+
+
+def seen(plan: Plan) -> dict[str, Any]:
+    """What the plan says that may foretell how good the fusion is."""
+    return {
+        "sizes": {task.name: size(task) for task in plan.tasks},
+        "agreements": [pair.aligned / pair.compared for pair in plan.pairs],
+        "lifts": [pair.lift for pair in plan.pairs],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(prog="python -m seesaw.prospects", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".seesaw"), help="keeps packages, models and scores")
+    main(parser.parse_args().folder, Path(__file__).parent / "results")

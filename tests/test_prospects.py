@@ -1,0 +1,157 @@
+"""What a plan says of tasks that look wrong, on tiny checkpoints whose numbers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save, write_recipe
+
+import cpimerge
+from cpimerge.plan_file import Plan
+from cpimerge.prospects import UNEQUAL, size, unequal
+
+Tensors = dict[str, torch.Tensor]
+LARGE = "model.layers.0.w"
+BASE_SIZE = 2.0  # the mean magnitude of the base's weights
+
+
+def base() -> Tensors:
+    signs = torch.tensor([1.0, -1.0]).repeat(5000)
+    return {"model.layers.0.w": (BASE_SIZE * signs).reshape(100, 100), "model.layers.1.w": BASE_SIZE * signs[:30]}
+
+
+def moved(size: float, seed: int = 0) -> Tensors:
+    """The base with updates of mean magnitude `size`, in directions of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = {name: torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1 for name, tensor in base().items()}
+    steps = {name: torch.rand(tensor.shape, generator=generator) + 0.5 for name, tensor in base().items()}
+    return {name: tensor + size * signs[name] * steps[name] for name, tensor in base().items()}
+
+
+def apart(step: float, seed: int) -> Tensors:
+    """The base with every element `step` away, in directions of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = {name: torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1 for name, tensor in base().items()}
+    return {name: tensor + step * signs[name] for name, tensor in base().items()}
+
+
+def notes(home: Path, experts: Mapping[str, Tensors], **parameters: object) -> list[str]:
+    save(home / "base", base())
+    for name, tensors in experts.items():
+        save(home / name, tensors)
+    models = [{"model": home / name} for name in experts]
+    settings = {"density": 0.1, "stages": [[name] for name in experts]} | parameters
+    write_recipe(home / "recipe.yml", base_model=home / "base", models=models, parameters=settings)
+    return cpimerge.plan(home / "recipe.yml", home / "plan", threads=1, force=True).notes
+
+
+def test_nothing_is_said_of_ordinary_updates(tmp_path: Path) -> None:
+    assert notes(tmp_path, {"math": moved(0.01, 1), "code": moved(0.01, 2), "chat": moved(0.015, 3)}) == []
+
+
+def test_a_task_that_is_the_base(tmp_path: Path) -> None:
+    assert notes(tmp_path, {"math": moved(0.01), "code": base()}) == [
+        "'code' is the base: no element differs, so it has no core and weakens the other updates. "
+        "Leave it out, or correct its path"
+    ]
+
+
+def test_two_tasks_that_are_one(tmp_path: Path) -> None:
+    experts = {"math": moved(0.01, 1), "code": moved(0.01, 2), "chat": moved(0.01, 1)}
+    assert "'math' and 'chat' are the same model, which counts twice. Leave one of them out" in notes(tmp_path, experts)
+
+
+def test_two_tasks_that_are_both_the_base_are_told_once_each(tmp_path: Path) -> None:
+    assert len(notes(tmp_path, {"math": base(), "code": base()})) == 2
+
+
+@pytest.mark.parametrize(("step", "noted"), [(0.99, False), (1.1, True)])
+def test_an_update_as_large_as_the_weights(tmp_path: Path, step: float, noted: bool) -> None:
+    """From half of them on; every element of the base has the size 2, and of this update exactly `step`."""
+    task = {name: tensor + step for name, tensor in base().items()}
+    found = notes(tmp_path, {"math": task})
+    expected = (
+        f"the update of 'math' is {step / BASE_SIZE:.2g} times as large as the weights of the base: it is no "
+        "fine-tune of this base, and fusing it will give nonsense. Take the model that it was trained "
+        "from as base_model"
+    )
+    assert found == [expected] * noted
+
+
+def test_a_base_without_weights_says_nothing_of_size(tmp_path: Path) -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in base().items()}
+    save(tmp_path / "base", zeros)
+    save(tmp_path / "math", {name: tensor + 1 for name, tensor in zeros.items()})
+    write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "base", models=[{"model": tmp_path / "math"}])
+    assert cpimerge.plan(tmp_path / "recipe.yml", tmp_path / "plan", threads=1).notes == []
+
+
+# --- two that descend from one ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("against", "noted"), [(1, True), (2, False)])
+def test_what_was_trained_from_another_task(tmp_path: Path, against: int, noted: bool) -> None:
+    """Of 1,003 elements in both cores (⌊0.1·10000⌋ + ⌊0.1·30⌋), one or two move in opposite directions."""
+    first = moved(0.01)
+    second = {name: tensor + (tensor - base()[name]) / 10 for name, tensor in first.items()}
+    update = (first[LARGE] - base()[LARGE]).flatten()
+    for place in update.abs().argsort(descending=True)[:against]:
+        second[LARGE].view(-1)[place] = base()[LARGE].flatten()[place] - 1.1 * update[place]
+    found = notes(tmp_path, {"math": first, "code": second})
+    expected = (
+        "'math' and 'code' move 99.9% of what their cores share in the same direction: one was trained from "
+        "the other, or both from another model than this base. What they have in common counts twice. Take that model "
+        "as base_model, or leave one of them out"
+    )
+    assert found == [expected] * noted
+
+
+def test_a_thousand_elements_are_needed_to_tell(tmp_path: Path) -> None:
+    first = moved(0.01)
+    second = {name: tensor + (tensor - base()[name]) / 10 for name, tensor in first.items()}
+    assert notes(tmp_path, {"math": first, "code": second}, density=0.09) == []
+
+
+# --- updates of unequal size ------------------------------------------------------------------------
+
+
+def test_unequal_by_hand() -> None:
+    assert unequal([3.0, 12.0]) == 4
+    assert unequal([12.0, 1.0, 3.0]) == 6
+    assert unequal([2.0, 12.0, 1.0, 3.0]) == 6
+    assert unequal([1.0, 1.0, 1.0]) == 1
+
+
+def test_sizes_are_the_mean_magnitudes(tmp_path: Path) -> None:
+    task = moved(0.01)
+    notes(tmp_path, {"math": task})
+    every = torch.cat([(tensor - base()[name]).double().abs().flatten() for name, tensor in task.items()])
+    (planned,) = Plan.load(tmp_path / "plan").tasks
+    assert size(planned) == pytest.approx(float(every.mean()), rel=1e-6)
+    assert size(planned.model_copy(update={"elements": 0, "core": 0})) == 0
+
+
+@pytest.mark.parametrize(("times", "noted"), [(UNEQUAL - 0.1, False), (UNEQUAL + 0.1, True)])
+def test_one_update_far_larger_than_the_others(tmp_path: Path, times: float, noted: bool) -> None:
+    """All have the same magnitudes times a factor, in other directions."""
+    experts = {"math": apart(0.01, 1), "code": apart(0.01 * times, 2), "chat": apart(0.002, 3), "law": apart(0.011, 4)}
+    found = notes(tmp_path, experts)
+    expected = (
+        f"the update of 'code' is {times:.2g} times as large as the median of the other tasks': the fusion will be "
+        "mostly 'code', and the others may fall below the base. Take an earlier checkpoint of it, or one trained "
+        "at a lower rate, or leave it out; density: 0 loses less (docs/payoff.md)"
+    )
+    assert found == [expected] * noted
+
+
+def test_of_two_it_is_the_other(tmp_path: Path) -> None:
+    (note,) = notes(tmp_path, {"math": apart(0.05, 1), "code": apart(0.01, 2)})
+    assert note.startswith("the update of 'math' is 5 times as large as that of the other task: ")
+
+
+def test_a_copy_of_the_base_is_not_one_of_the_others(tmp_path: Path) -> None:
+    found = notes(tmp_path, {"math": apart(0.05, 1), "code": apart(0.05, 2), "chat": base()})
+    assert [note.partition(":")[0] for note in found] == ["'chat' is the base"]
