@@ -1,4 +1,4 @@
-"""Runs the benchmark: `python -m seesaw [encoder] [causal] [tables]`. What is done is kept, and not done again."""
+"""Runs the benchmark: `python -m seesaw [part ...]`. What is done is kept, and not done again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from . import results
+from . import prospects, relations, results
 from .bench import Bench
 from .forgetting import forgetting
 from .tables import write_tables
-from .tasks import main_tasks
+from .tasks import main_tasks, related_tasks
 from .training import Learner, Schedule
 
-PARTS = ("encoder", "causal", "tables")
+PARTS = ("encoder", "causal", "relations", "prospects", "tables")
 SEEDS = (0, 1, 2)
 ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
 CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
@@ -36,8 +36,13 @@ def main() -> None:
         _write("sweep", list(results.sweep(benches)))
         _write("forgetting", [asdict(each) for each in forgetting(benches[0])])
     if "causal" in parts:
-        tuned_on = encoder_benches(options.folder, options.seeds)
+        tuned_on = encoder_benches(options.folder, SEEDS)
         results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")
+    if "relations" in parts:
+        train_related(options.folder)
+        relations.main(options.folder, results.RESULTS)
+    if "prospects" in parts:
+        prospects.main(options.folder, results.RESULTS)
     if "tables" in parts:
         write_tables()
 
@@ -53,6 +58,16 @@ def encoder_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
     tasks = main_tasks(folder)
     learner: Learner = Encoder(tasks)
     return [Bench(learner, tasks, ENCODER, seed, folder.resolve() / learner.name / str(seed)) for seed in seeds]
+
+
+def train_related(folder: Path) -> None:
+    """The experts whose relation to those of the main comparison is known, of the first seed."""
+    from .encoder import Encoder
+
+    tasks = related_tasks(main_tasks(folder), folder)
+    bench = Bench(Encoder(tasks), tasks, ENCODER, 0, folder.resolve() / "encoder" / "0")
+    for task in tasks.values():
+        bench.expert(task)
 
 
 def causal_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:

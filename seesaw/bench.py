@@ -69,9 +69,9 @@ class Bench:
         """
         path = self.folder / "scores" / f"{name}.{split}.json"
         if not path.exists():
-            scores = self.measured(self.learner.load(get()), split, tasks or list(self.tasks))
+            found = self.measured(self.learner.load(get()), split, tasks or list(self.tasks))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"schedule": asdict(self.schedule), "scores": scores}, indent=1))
+            path.write_text(json.dumps({"schedule": asdict(self.schedule), "scores": found}, indent=1))
         scores: Scores = json.loads(path.read_text())["scores"]
         return scores
 

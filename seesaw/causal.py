@@ -65,7 +65,8 @@ class Causal:
         """The model of a directory, in float32. Its last third of layers is trained: that takes a third as long."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.requires_grad_(False)
-        layers = model.base_model.layers
+        layers = model.base_model.get_submodule("layers")
+        assert isinstance(layers, torch.nn.ModuleList)
         layers[len(layers) * 2 // 3 :].requires_grad_(True)
         return model
 
@@ -115,7 +116,8 @@ def _base(folder: Path) -> Path:
     del quantised.config.quantization_config
     model = type(quantised)(quantised.config)  # a model that came quantised cannot be saved
     model.load_state_dict(quantised.state_dict())
-    model.to(torch.bfloat16).save_pretrained(partial)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF).save_pretrained(partial)
     shutil.rmtree(gguf.parent)
     partial.rename(base)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cpimerge
 
-Parameters = Mapping[str, Any]
+Parameters = dict[str, Any]
 PAPER: Parameters = {"density": 0.01, "scope": "global", "tau": 0.1, "conflict": "last", "space": "weights"}
 
 

@@ -21,9 +21,8 @@ def write_tables(page: Path = PAGE) -> None:
     text = page.read_text()
     for name, rows in tables().items():
         table = "\n".join(rows)
-        text, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL
-        )
+        marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+        text, found = marks.subn(f"{table}\n".replace("\\", r"\\"), text)
         if found != 1:
             raise ValueError(f"{page}: it has {found} places for the table {name!r}; one is needed")
     page.write_text(text)
