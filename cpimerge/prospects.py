@@ -97,7 +97,7 @@ def _unequal(tasks: Sequence[Task]) -> Iterator[str]:
     yield (
         f"the update of {name!r} is {times:.2g} times as large as {others}: the fusion will be mostly {name!r}, and "
         "the others may fall below the base. Take an earlier checkpoint of it, or one trained at a lower rate, or "
-        "leave it out; density: 0 loses less (docs/payoff.md)"
+        "leave it out; a plain average loses less (docs/payoff.md)"
     )
 
 

@@ -33,7 +33,7 @@ from .training import Schedule, accuracy
 DRAWS = 12  # recipes of a seed
 ROWS = 100  # of a task to score on, of its validation rows
 FUSION: Parameters = {"density": 0.1, "conflict": "elect", "space": "delta"}
-AVERAGE: Parameters = {"density": 0}
+AVERAGE: Parameters = {"density": 0, "space": "weights"}
 
 
 @dataclass(frozen=True, slots=True)

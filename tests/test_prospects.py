@@ -142,7 +142,7 @@ def test_one_update_far_larger_than_the_others(tmp_path: Path, times: float, not
     expected = (
         f"the update of 'code' is {times:.2g} times as large as the median of the other tasks': the fusion will be "
         "mostly 'code', and the others may fall below the base. Take an earlier checkpoint of it, or one trained "
-        "at a lower rate, or leave it out; density: 0 loses less (docs/payoff.md)"
+        "at a lower rate, or leave it out; a plain average loses less (docs/payoff.md)"
     )
     assert found == [expected] * noted
 
