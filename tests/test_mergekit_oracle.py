@@ -121,7 +121,7 @@ def fused(out: Path, base: Path, models: Mapping[Path, Mapping[str, float]], **p
         "merge_method": "cpi",
         "base_model": str(base),
         "models": [{"model": str(path), "parameters": dict(own)} for path, own in models.items()],
-        "parameters": parameters,
+        "parameters": {"space": "weights"} | parameters,
     }
     file = out / "recipe.yml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -49,7 +49,7 @@ def run_one(base: list[float], experts: dict[str, list[float]], **keys: Any) -> 
     """One float32 tensor 'w'; `keys` are Settings, and `extra` a backbone's values."""
     extra = keys.pop("extra", None)
     tensors = {task: {"w": torch.tensor(values)} for task, values in experts.items()}
-    keys.setdefault("density", Q(0))
+    keys = {"density": Q(0), "space": "weights", "conflict": "last"} | keys
     return run({"w": torch.tensor(base)}, tensors, Settings(**keys), None if extra is None else {"w": extra})
 
 
@@ -598,7 +598,7 @@ def test_its_own_coefficients_give_the_same_bytes(drawn: tuple[Case, Settings]) 
 @given(settled())
 def test_coefficients_reproduce_the_running_fold(drawn: tuple[Case, Settings]) -> None:
     case, s = drawn
-    plain = Settings(density=Q(0), granularity=s.granularity, t=s.t, weight=s.weight)
+    plain = Settings(density=Q(0), space="weights", granularity=s.granularity, t=s.t, weight=s.weight)
     result = run(case.base, case.experts, plain)
     for name, coefficients in result.coefficients.items():
         _, unit = unit_of(case.base[name], s.granularity)
@@ -668,7 +668,7 @@ def test_a_case_becomes_directories_and_a_recipe(tmp_path: Path) -> None:
     assert recipe["dtype"] == "bfloat16"
     assert recipe["parameters"] == {
         "density": 0.01, "weight": 1, "scope": "tensor", "tau": 0.1, "order": {"seed": 7},
-        "backbone": "./extra", "conflict": "last", "space": "delta", "rest": 0.3, "granularity": "tensor",
+        "backbone": "./extra", "conflict": "mean", "space": "delta", "rest": 0.3, "granularity": "tensor",
     }  # fmt: skip
 
 

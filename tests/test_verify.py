@@ -265,11 +265,11 @@ def _stages(raw: dict[str, Any]) -> None:
 
 
 def _conflict(raw: dict[str, Any]) -> None:
-    raw["settings"]["conflict"] = "mean"
+    raw["settings"]["conflict"] = "largest"
 
 
 def _space(raw: dict[str, Any]) -> None:
-    raw["settings"]["space"] = "delta"
+    raw["settings"]["space"] = "weights"
 
 
 def _rest(raw: dict[str, Any]) -> None:
@@ -289,8 +289,8 @@ def _dtype(raw: dict[str, Any]) -> None:
     [
         (_coefficients, EDITED),
         (_stages, "its stages are not those"),
-        (_conflict, "conflict is mean"),
-        (_space, "space is delta"),
+        (_conflict, "conflict is largest"),
+        (_space, "space is weights"),
         (_rest, "rest is 0.5, in its recipe 1.0"),
         (_tau, "tau is 0.5, in its recipe 0.1"),
         (_dtype, ""),

@@ -290,7 +290,7 @@ def test_the_mean_of_mergekit(tmp_path: Path) -> None:
         tmp_path / "recipe.yml",
         base_model=tmp_path / "base",
         models=[{"model": tmp_path / "one"}, {"model": tmp_path / "two"}],
-        parameters={"density": 0},
+        parameters={"density": 0, "space": "weights"},
         vocabulary="union",
     )
     cpimerge.merge(file, tmp_path / "ours", threads=1)

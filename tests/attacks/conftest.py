@@ -60,6 +60,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def planned(home: Path) -> Path:
     """The same with a plan that has a core in every chunk, and rows with coefficients of their own."""
-    furnish(home, {"density": 0.5, "granularity": "row"})
+    furnish(home, {"density": 0.5, "granularity": "row", "space": "weights"})
     done(home, "plan")
     return home

@@ -217,7 +217,10 @@ NUMBERS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "not a number": (
         edited(lambda plan: plan["settings"].update(tau=float("nan"))),
-        ["plan/plan.json: settings.tau: Input should be a finite number"],
+        [
+            "plan/plan.json: settings.tau.float: Input should be a finite number",
+            "plan/plan.json: settings.tau.literal['auto']: Input should be 'auto'",
+        ],
     ),
     "an infinite angle": (
         tensor(lambda it: it["blend"].update(angles=[float("inf")])),

@@ -596,7 +596,8 @@ def test_a_probe_is_an_expert_that_plan_takes(world: Path, tmp_path: Path) -> No
         parameters={"density": 0.1},
     )
     plan = api.plan(recipe, tmp_path / "plan")
-    assert not plan.notes
+    # Two steps at this rate move a tiny model far, which plan notices; of what was written it has nothing to say.
+    assert all(note.startswith(("tau = ", "the update of ")) for note in plan.notes)
     changed = {task.name: task.changed / task.elements for task in plan.tasks}
     assert min(changed.values()) > 0.5
     assert weights(tmp_path / "code").keys() == weights(world / "base").keys()
