@@ -49,7 +49,8 @@ def run_one(base: list[float], experts: dict[str, list[float]], **keys: Any) -> 
     """One float32 tensor 'w'; `keys` are Settings, and `extra` a backbone's values."""
     extra = keys.pop("extra", None)
     tensors = {task: {"w": torch.tensor(values)} for task, values in experts.items()}
-    keys = {"density": Q(0), "space": "weights", "conflict": "last"} | keys
+    for key, value in {"density": Q(0), "space": "weights", "conflict": "last"}.items():
+        keys.setdefault(key, value)
     return run({"w": torch.tensor(base)}, tensors, Settings(**keys), None if extra is None else {"w": extra})
 
 
