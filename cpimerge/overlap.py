@@ -80,14 +80,13 @@ def tau_notes(recipe: Recipe, pairs: Sequence[Pair], sizes: Sequence[int], count
     )
     alone = count == len(recipe.tasks)
     if recipe.tau == "auto":
-        if alone:
+        if alone and "parameters.tau" in recipe.lines:  # unrelated tasks are the usual case: an answer to who asked
             yield f"tau: auto groups nothing: {_least_apart(pairs)}"
         return
     tau = f"tau = {float(recipe.tau):g}"
     likely = max(pairs, key=lambda pair: pair.chance)
     if alone and not any(size and other for size, other in combinations(sizes, 2)):
-        if "parameters.tau" in recipe.lines:  # without cores nobody asks for groups, unless by writing a tau
-            yield f"{tau} cannot group anything: no two tasks have a core. Give them a density above 0"
+        yield f"{tau} cannot group anything: no two tasks have a core. Give them a density above 0"
     elif alone and _most_possible(sizes) < recipe.tau:
         yield (
             f"{tau} cannot group anything: cores of so different sizes overlap by {float(_most_possible(sizes)):.2%} "

@@ -129,7 +129,7 @@ class Recipe:
     weight: Setting | None = None
     t: Setting | None = None
     scope: Scope = "tensor"
-    tau: Fraction | Literal["auto"] = Fraction(1, 10)
+    tau: Fraction | Literal["auto"] = "auto"
     order: Literal["recipe"] | int = "recipe"
     stages: tuple[tuple[str, ...], ...] | None = None
     backbone: str | Reference = "last"

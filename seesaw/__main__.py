@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import prospects, relations, results
+from . import prospects, relations, results, staging
 from .bench import Bench
 from .forgetting import forgetting
 from .tables import write_tables
@@ -32,9 +32,10 @@ def main() -> None:
     parts = options.parts or PARTS
     if "encoder" in parts:
         benches = encoder_benches(options.folder, options.seeds)
-        results.save([*results.measure(benches, benches), *results.ablate(benches[0])], "encoder")
+        results.save([*results.measure(benches, benches), *results.ablate(benches)], "encoder")
         _write("sweep", list(results.sweep(benches)))
-        _write("forgetting", [asdict(each) for each in forgetting(benches[0])])
+        _write("staging", list(staging.sweep(benches)))
+        _write("forgetting", [asdict(each) for each in forgetting(benches)])
     if "causal" in parts:
         tuned_on = encoder_benches(options.folder, SEEDS)
         results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")

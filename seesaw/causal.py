@@ -50,7 +50,7 @@ class Causal:
 
     name = "causal"
     dtype = torch.bfloat16
-    limit = 100
+    limit = 300
 
     def __init__(self, tasks: dict[str, Task], folder: Path) -> None:
         self.base = _base(folder / "packages")

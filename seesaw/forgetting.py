@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 import cpimerge
 
@@ -14,34 +16,44 @@ from .merging import recipe, written
 from .training import Freeze
 
 PAIRS = (("movies", "scripture"), ("scripture", "movies"))
-DENSITIES = (0.01, 0.1)
+DENSITIES = (0.01, 0.1, 0.3)
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Test accuracies of two tasks, 0 to 1, when `second` was trained after `first`."""
+    """Test accuracies of two tasks for each seed, 0 to 1, when `second` was trained after `first`."""
 
     first: str
     second: str
     when: str
-    scores: Scores
+    seeds: Sequence[Scores]
 
 
-def forgetting(bench: Bench) -> Iterator[Kept]:
+def forgetting(benches: Sequence[Bench]) -> Iterator[Kept]:
     """Each pair in both orders: before the second task, after it, and after it with the first one's core frozen."""
-    for first, second in PAIRS:
-        start = bench.expert(bench.tasks[first])
-        yield Kept(first, second, "before", _scores(bench, f"expert-{first}", start, (first, second)))
+    for pair in PAIRS:
+        yield Kept(*pair, "before", [_before(bench, *pair) for bench in benches])
         for density in (None, *DENSITIES):
-            freeze = Freeze(_plan(bench, (first, second), density), 2) if density else None
-            name = f"{first}-then-{second}" + (f"-frozen-{density}" if density else "")
-            path = bench.model(name, partial(bench.trained, start, [bench.tasks[second]], bench.schedule, freeze))
             held = f"core of {density} frozen" if density else "nothing frozen"
-            yield Kept(first, second, held, _scores(bench, name, path, (first, second)))
+            yield Kept(*pair, held, [_after(bench, *pair, density) for bench in benches])
 
 
-def _scores(bench: Bench, name: str, path: Path, tasks: Sequence[str]) -> Scores:
-    return bench.scores(f"{name}-on-{'-'.join(tasks)}", "test", lambda: path, tasks)
+def _before(bench: Bench, first: str, second: str) -> Scores:
+    return _scores(bench, f"expert-{first}", partial(bench.expert, bench.tasks[first]), (first, second))
+
+
+def _after(bench: Bench, first: str, second: str, density: float | None) -> Scores:
+    name = f"{first}-then-{second}" + (f"-frozen-{density}" if density else "")
+
+    def make() -> PreTrainedModel:
+        freeze = Freeze(_plan(bench, (first, second), density), 2) if density else None
+        return bench.trained(bench.expert(bench.tasks[first]), [bench.tasks[second]], bench.schedule, freeze)
+
+    return _scores(bench, name, lambda: bench.model(name, make), (first, second))
+
+
+def _scores(bench: Bench, name: str, get: Callable[[], Path], tasks: Sequence[str]) -> Scores:
+    return bench.scores(f"{name}-on-{'-'.join(tasks)}", "test", get, tasks)
 
 
 def _plan(bench: Bench, tasks: Sequence[str], density: float) -> Path:

@@ -70,10 +70,10 @@ def heuristic_stages(bench: Bench) -> Path:
     return staged(bench, "heuristic-stages", bench.learner.base, by_hand(bench), 4 * THIRD)
 
 
-def dpi(bench: Bench) -> Path:
+def dpi(bench: Bench, name: str = "dpi", parameters: Parameters = PAPER) -> Path:
     """Short probes, their cores and groups, then training from the base with the cores of earlier stages frozen."""
-    plan = planned(bench, "dpi-plan", PAPER, THIRD)
-    return staged(bench, "dpi", bench.learner.base, Plan.load(plan).stages, 1.0, plan)
+    plan = planned(bench, f"{name}-plan", parameters, THIRD)
+    return staged(bench, name, bench.learner.base, Plan.load(plan).stages, 1.0, plan)
 
 
 def average(bench: Bench) -> Path:
@@ -139,12 +139,14 @@ TRAINED = {  # by the name in the tables
     "CPI-FT": lambda bench: cpi_ft(bench, "cpi-ft", PAPER),
 }
 
+DENSE = PAPER | {"density": 0.3, "tau": 1}
 ABLATIONS = {
     "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
     "no freezing": lambda bench: cpi_ft(bench, "no-freezing", PAPER, None),
     "every other core frozen": lambda bench: cpi_ft(bench, "freeze-all", PAPER, "all"),
     "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
     "one group": lambda bench: cpi_ft(bench, "one-group", PAPER | {"tau": 0}),
-    "density 0.1": lambda bench: cpi_ft(bench, "density-0.1", PAPER | {"density": 0.1}),
-    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", {}),
+    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", {"tau": 0.1}),
+    "density 0.3, every task alone": lambda bench: cpi_ft(bench, "frozen-0.3", DENSE),
+    "density 0.3, every task alone, no freezing": lambda bench: cpi_ft(bench, "unfrozen-0.3", DENSE, None),
 }

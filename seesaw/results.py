@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from . import staging
 from .bench import Bench, Scores
 from .candidates import MERGEKIT, OWN, chosen, key, make, validated
-from .methods import ABLATIONS, TRAINED
+from .merging import Parameters
+from .methods import ABLATIONS, TRAINED, dpi
 
 Spread = tuple[float, float | None]
 RESULTS = Path(__file__).parent / "results"
@@ -38,15 +40,23 @@ def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Lin
     for name in (*MERGEKIT, *OWN):
         settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
-        yield Line(name, "merge", scores, ", ".join(f"{setting} {value}" for setting, value in settings.items()))
+        yield Line(name, "merge", scores, _said(settings))
     for name, method in TRAINED.items():
         yield Line(name, "training", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+    best = staging.chosen(tuned_on)
+    probed = [bench.scores("dpi-chosen", "test", partial(dpi, bench, "dpi-chosen", best)) for bench in benches]
+    yield Line("DPI, as CPI-FT", "training", probed, _said(best))
+    yield Line("CPI-FT, chosen", "training", [staging.scored(bench, best, "test") for bench in benches], _said(best))
 
 
-def ablate(bench: Bench) -> Iterator[Line]:
-    """Every ablation on the test rows of one seed."""
+def _said(settings: Parameters) -> str:
+    return ", ".join(f"{setting} {value}" for setting, value in settings.items())
+
+
+def ablate(benches: Sequence[Bench]) -> Iterator[Line]:
+    """Every ablation on the test rows."""
     for name, method in ABLATIONS.items():
-        yield Line(name, "ablation", [bench.scores(name, "test", partial(method, bench))])
+        yield Line(name, "ablation", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
 
 
 def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
@@ -113,17 +123,18 @@ class Figures:
 
 
 def figures(line: Line, base: Line, experts: Line) -> Figures:
-    """What the tables say of a line, over its seeds, which are the first ones."""
+    """What the tables say of a line, over its seeds."""
     shares = [
-        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=False)
+        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=True)
     ]
     gaps = [
         (mean(scores.values()) - mean(start.values())) / (mean(best.values()) - mean(start.values()))
-        for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=False)
+        for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=True)
     ]
-    return Figures(_spread(map(mean, shares)), _spread(map(min, shares)), _spread(gaps))
+    return Figures(spread(map(mean, shares)), spread(map(min, shares)), spread(gaps))
 
 
-def _spread(values: Iterable[float]) -> Spread:
+def spread(values: Iterable[float]) -> Spread:
+    """The mean and the standard deviation (None: of one) of some shares, in percent."""
     percent = [100 * value for value in values]
     return mean(percent), stdev(percent) if len(percent) > 1 else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .results import RESULTS, Line, figures, load
+from .results import RESULTS, Line, figures, load, spread
 
 PAGE = Path(__file__).parent.parent / "docs" / "seesaw.md"
 KINDS = ("reference", "merge", "training")
@@ -35,9 +35,9 @@ def tables() -> Mapping[str, Sequence[str]]:
         lines = load(learner)
         found[learner] = [*comparison(lines)]
         found[f"{learner}-tasks"] = [*per_task(lines)]
-    lines = load("encoder")
-    first = [replace(line, seeds=line.seeds[:1], settings="") for line in lines]
-    found["ablations"] = [*comparison(first, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
+    lines = [replace(line, settings="") for line in load("encoder")]
+    found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
+    found["staging"] = [*staging_rows(json.loads((RESULTS / "staging.json").read_text()))]
     found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
     found["sweep"] = [*sweep_rows(json.loads((RESULTS / "sweep.json").read_text()))]
     return found
@@ -67,12 +67,29 @@ def per_task(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def forgetting_rows(kept: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A row for each pair and way: the accuracy of both tasks in percent."""
+    """A row for each pair and way: the accuracy of both tasks in percent, the mean and the deviation over the seeds."""
     yield "| first → second | | first | second |"
     yield "|---|---|--:|--:|"
     for each in kept:
-        cells = (f"{100 * each['scores'][each[which]]:.1f}" for which in ("first", "second"))
+        cells = (_cell(*spread(seed[each[which]] for seed in each["seeds"])) for which in ("first", "second"))
         yield f"| {each['first']} → {each['second']} | {each['when']} | " + " | ".join(cells) + " |"
+
+
+def staging_rows(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each density, a column for each threshold: the mean accuracy in percent and the number of stages."""
+    taus = list(dict.fromkeys(cell["tau"] for cell in cells))
+    yield "| density | " + " | ".join(f"τ = {tau}" for tau in taus) + " |"
+    yield "|---|" + "--:|" * len(taus)
+    for density in dict.fromkeys(cell["density"] for cell in cells):
+        shown = (
+            f"{100 * cell['mean']:.1f} ({_counts(cell['stages'])})" for cell in cells if cell["density"] == density
+        )
+        yield f"| {density} | " + " | ".join(shown) + " |"
+
+
+def _counts(stages: Sequence[int]) -> str:
+    """The numbers of stages of all seeds: one, where they are equal."""
+    return "/".join(map(str, stages if len(set(stages)) > 1 else stages[:1]))
 
 
 def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

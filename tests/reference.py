@@ -38,7 +38,7 @@ class Settings:
     weight: Number = Fraction(1)
     t: Optional = None
     scope: str = "tensor"
-    tau: Fraction | Literal["auto"] = Fraction(1, 10)
+    tau: Fraction | Literal["auto"] = "auto"
     order: str | int = "recipe"
     stages: Sequence[Sequence[str]] | None = None
     backbone: str = "last"

@@ -59,11 +59,12 @@ def recipe(parameters: str, tasks: str = "abcde") -> Recipe:
     [
         ("tau: 0.1", [["a", "d", "e"], ["b"], ["c"]]),
         ("tau: auto", [["a"], ["b", "c"], ["d"], ["e"]]),
+        ("", [["a"], ["b", "c"], ["d"], ["e"]]),
         ("tau: auto, order: {seed: 1}", [["a"], ["e"], ["d"], ["b", "c"]]),  # random: 0.13, 0.85, 0.76, 0.26
         ("stages: [[c, b], [e, a, d]]", [["c", "b"], ["e", "a", "d"]]),
         # random.Random(7).random() three times: 0.32, 0.15, 0.65; of 1: 0.13, 0.85, 0.76.
-        ("order: {seed: 7}", [["b"], ["a", "d", "e"], ["c"]]),
-        ("order: {seed: 1}", [["a", "d", "e"], ["c"], ["b"]]),
+        ("tau: 0.1, order: {seed: 7}", [["b"], ["a", "d", "e"], ["c"]]),
+        ("tau: 0.1, order: {seed: 1}", [["a", "d", "e"], ["c"], ["b"]]),
     ],
 )
 def test_stages(parameters: str, wanted: list[list[str]]) -> None:
@@ -149,6 +150,7 @@ def test_tau_auto_that_groups_nothing() -> None:
         "same direction, 50% by chance"
     ]
     assert notes("tau: auto", EQUAL, pairs, 2) == []
+    assert notes("", EQUAL, pairs, 3) == []  # nobody asked
     assert notes("tau: auto", EQUAL, three(EQUAL, (9, 9, 9), compared=0, aligned=0), 3) == [
         "tau: auto groups nothing: in no layer do the cores of two tasks share an element"
     ]

@@ -120,7 +120,7 @@ def test_defaults_are_those_of_the_method() -> None:
     assert (recipe.scope, recipe.order, recipe.stages) == ("tensor", "recipe", None)
     assert (recipe.backbone, recipe.conflict, recipe.space) == ("last", "mean", "delta")
     assert (recipe.granularity, recipe.exclude, recipe.dtype, recipe.vocabulary) == ("tensor", (), None, None)
-    assert (recipe.tau, recipe.rest) == (Fraction(1, 10), Fraction(1))
+    assert (recipe.tau, recipe.rest) == ("auto", Fraction(1))
     assert recipe.density_of(task, "w", Fraction(0)) == Fraction(1, 100)
     assert recipe.weight_of(task, "w", Fraction(0)) == 1
     assert recipe.t_of(task, "w", Fraction(0)) is None
