@@ -15,6 +15,7 @@ import numpy as np
 from .checkpoint import Handles, StoredTensor
 from .plan_file import Plan, Task
 from .preflight import Inputs, TensorSpec
+from .recipe import Recipe
 from .stream import values_of
 
 __all__ = ["UNEQUAL", "prospects", "size", "unequal"]
@@ -24,7 +25,7 @@ FOREIGN = 0.5  # of the weights' size: fine-tunes move them by 0.0001 to 0.1 of 
 DESCENT = 0.999  # of what two cores share, moved in the same direction; two runs of one task reach 0.98
 SHARED = 1000  # elements, for such a share to mean anything
 TENSORS = 16  # of the base, of which a sample is taken
-SAMPLE = 4096  # elements of each of them
+PIECES, PIECE = 16, 256  # the sample of each of them: so many pieces of so many elements, evenly spread
 
 
 def prospects(plan: Plan, inputs: Inputs) -> list[str]:
@@ -37,7 +38,9 @@ def prospects(plan: Plan, inputs: Inputs) -> list[str]:
     times = {task.name: _beside(plan, task.name, weights) for task in plan.tasks}
     foreign = [name for name in times if times[name] >= FOREIGN]
     notes = [*_copies(plan), *(_foreign(name, times[name]) for name in foreign)]
-    return notes if foreign else [*notes, *_descent(plan), *_unequal(plan.tasks)]
+    if foreign:
+        return notes
+    return [*notes, *_descent(plan), *([] if _is_weighed(plan, inputs.recipe) else _unequal(plan.tasks))]
 
 
 def size(task: Task) -> float:
@@ -71,9 +74,15 @@ def _are_one(plan: Plan, a: str, b: str) -> bool:
 
 def _foreign(name: str, times: float) -> str:
     return (
-        f"the update of {name!r} is {times:.2g} times as large as the weights of the base: it is no fine-tune of this "
-        "base, and fusing it will give nonsense. Take the model that it was trained from as base_model"
+        f"the update of {name!r} is {times:.2g} times as large as the weights of the base: it is hardly a fine-tune of "
+        "this base, and what is fused with it will hardly work. Take the model that it was trained from as base_model"
     )
+
+
+def _is_weighed(plan: Plan, recipe: Recipe) -> bool:
+    """Whether somebody has thought of the sizes and weighs the models, or averages them already."""
+    average = recipe.space == "weights" and not any(task.core for task in plan.tasks)
+    return average or recipe.weight is not None or any(task.weight for task in recipe.tasks)
 
 
 def _descent(plan: Plan) -> Iterator[str]:
@@ -95,9 +104,9 @@ def _unequal(tasks: Sequence[Task]) -> Iterator[str]:
     name = max(sizes, key=lambda name: sizes[name])
     others = "that of the other task" if len(sizes) == 2 else "the median of the other tasks'"
     yield (
-        f"the update of {name!r} is {times:.2g} times as large as {others}: the fusion will be mostly {name!r}, and "
-        "the others may fall below the base. Take an earlier checkpoint of it, or one trained at a lower rate, or "
-        "leave it out; a plain average loses less (docs/payoff.md)"
+        f"the update of {name!r} is {times:.2g} times as large as {others}: the fusion may be mostly {name!r}, and "
+        "the others may fall below the base. Compare it with a plain average, give it a smaller weight, or take an "
+        "earlier checkpoint of it (docs/payoff.md)"
     )
 
 
@@ -114,10 +123,12 @@ def _weights(plan: Plan, inputs: Inputs) -> dict[str, float]:
 
 
 def _mean_magnitude(spec: TensorSpec, handles: Handles) -> float:
-    """Of elements in the tensor's middle: vocabularies begin and end with tokens that no text has."""
-    count = min(spec.elements, SAMPLE)
-    first = (spec.elements - count) // 2
-    return float(np.abs(values_of(spec.sources[0], first, first + count, handles)).mean(dtype=np.float64))
+    """Of a sample, or of all elements where these are fewer."""
+    count = min(PIECES, max(1, spec.elements // PIECE))
+    length = min(PIECE, spec.elements)
+    starts = np.linspace(0, spec.elements - length, count, dtype=np.int64)
+    pieces = [values_of(spec.sources[0], int(start), int(start) + length, handles) for start in starts]
+    return float(np.abs(np.concatenate(pieces)).mean(dtype=np.float64))
 
 
 def _beside(plan: Plan, task: str, weights: Mapping[str, float]) -> float:

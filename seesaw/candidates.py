@@ -8,20 +8,28 @@ from pathlib import Path
 from statistics import mean
 
 from .bench import Bench, Scores
-from .merging import PAPER, Parameters
-from .methods import by_mergekit, merged
+from .merging import DEFAULTS, PAPER, Parameters
+from .methods import by_mergekit, by_singular_vectors, merged
 
-FACTORS = (0.3, 0.4, 0.5)
+FACTORS = (0.3, 0.4, 0.5, 0.6)
 
 MERGEKIT: Mapping[str, tuple[str, Sequence[Parameters]]] = {  # by the name in the tables: mergekit's, and its settings
     "plain average": ("task_arithmetic", [{"normalize": True}]),
     "task arithmetic": ("task_arithmetic", [{"lambda": factor} for factor in FACTORS]),
     "ties": (
         "ties",
-        [{"density": p, "lambda": f, "normalize": True} for p in (0.1, 0.2) for f in (1.0, 1.5)],
+        [
+            {"density": p, "lambda": f, "normalize": True}
+            for p, f in ((0.1, 1.0), (0.1, 1.5), (0.2, 0.7), (0.2, 1.0), (0.2, 1.5), (0.5, 1.0), (0.5, 1.5))
+        ],
     ),
     "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
     "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+}
+
+SPECTRAL: Mapping[str, tuple[str, Sequence[Parameters]]] = {
+    "singular vectors: TSV-Merge": ("tsv", [{"lambda": factor} for factor in (0.8, 1.0, 1.2)]),
+    "singular vectors: Iso-C": ("iso", [{"lambda": factor} for factor in (1.5, 2.0, 2.5)]),
 }
 
 DENSITIES = (0.01, 0.05, 0.1)
@@ -30,7 +38,7 @@ OWN: Mapping[str, Sequence[Parameters]] = {
     "fusion as in the paper, density chosen": [PAPER | {"density": p} for p in DENSITIES],
     "localize-and-stitch": [{"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.1, 0.2)],
     "magmax": [{"density": 1, "conflict": "largest"}],
-    "fusion, cpimerge's defaults": [{}],
+    "fusion, cpimerge's defaults": [DEFAULTS],
     "fusion, chosen": [
         {"density": p, "conflict": conflict, "space": "delta"}
         for p in (0, 0.01, 0.1, 0.2)
@@ -41,17 +49,23 @@ OWN: Mapping[str, Sequence[Parameters]] = {
 
 def settings(name: str) -> Sequence[Parameters]:
     """The candidates of a data-free merge, by its name in the tables."""
-    return MERGEKIT[name][1] if name in MERGEKIT else OWN[name]
+    others = {**MERGEKIT, **SPECTRAL}
+    return others[name][1] if name in others else OWN[name]
 
 
 def make(bench: Bench, name: str, parameters: Parameters) -> Path:
     """The merge `name` of the bench's experts, with `parameters`."""
+    if name in SPECTRAL:
+        return by_singular_vectors(bench, SPECTRAL[name][0], parameters)
     return by_mergekit(bench, MERGEKIT[name][0], parameters) if name in MERGEKIT else merged(bench, parameters)
 
 
 def key(name: str, parameters: Parameters) -> str:
     """What a candidate's scores are filed under; equal for what is the same merge under two names."""
-    prefix = f"mergekit-{MERGEKIT[name][0]}" if name in MERGEKIT else "fusion"
+    if name in MERGEKIT:
+        prefix = f"mergekit-{MERGEKIT[name][0]}"
+    else:
+        prefix = SPECTRAL[name][0] if name in SPECTRAL else "fusion"
     return "-".join((prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import cpimerge
 
 Parameters = dict[str, Any]
+DEFAULTS: Parameters = {"density": 0.01, "conflict": "mean", "space": "delta"}  # cpimerge's; a test holds them to that
 PAPER: Parameters = {"density": 0.01, "scope": "global", "tau": 0.1, "conflict": "last", "space": "weights"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,8 @@ import cpimerge
 from cpimerge.plan_file import Plan
 
 from .bench import Bench
-from .merging import PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .merging import DEFAULTS, PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .spectral import spectral
 from .training import Freeze
 
 THIRD = 1 / 3
@@ -38,6 +40,12 @@ def merged(bench: Bench, parameters: Parameters) -> Path:
 def by_mergekit(bench: Bench, method: str, parameters: Parameters) -> Path:
     """The experts merged by a method of mergekit."""
     tensors = mergekits(method, bench.learner.base, experts(bench), parameters)
+    return save_like(tensors, bench.learner.base, _scratch(bench) / "model")
+
+
+def by_singular_vectors(bench: Bench, method: str, parameters: Parameters) -> Path:
+    """The experts merged by a method of spectral.py."""
+    tensors = spectral(method, bench.learner.base, experts(bench), parameters)
     return save_like(tensors, bench.learner.base, _scratch(bench) / "model")
 
 
@@ -70,10 +78,10 @@ def heuristic_stages(bench: Bench) -> Path:
     return staged(bench, "heuristic-stages", bench.learner.base, by_hand(bench), 4 * THIRD)
 
 
-def dpi(bench: Bench, name: str = "dpi", parameters: Parameters = PAPER) -> Path:
+def dpi(bench: Bench) -> Path:
     """Short probes, their cores and groups, then training from the base with the cores of earlier stages frozen."""
-    plan = planned(bench, f"{name}-plan", parameters, THIRD)
-    return staged(bench, name, bench.learner.base, Plan.load(plan).stages, 1.0, plan)
+    plan = planned(bench, "dpi-plan", PAPER, THIRD)
+    return staged(bench, "dpi", bench.learner.base, Plan.load(plan).stages, 1.0, plan)
 
 
 def average(bench: Bench) -> Path:
@@ -90,7 +98,7 @@ def continued(
     bench: Bench, name: str, parameters: Parameters, start: Path, freeze: Literal["prior", "all"] | None = "prior"
 ) -> Path:
     """`start` trained on in the stages of the plan of the experts with `parameters`."""
-    plan = planned(bench, f"{name}-plan", parameters, 1.0)
+    plan = planned(bench, f"{name}-plan", parameters)
     return staged(bench, name, start, Plan.load(plan).stages, THIRD, plan if freeze else None, freeze)
 
 
@@ -109,7 +117,8 @@ def staged(  # noqa: PLR0913 - all of it is one sentence
         at = start
         for number, stage in enumerate(stages, 1):
             held = Freeze(plan, number, freeze) if plan and freeze else None
-            model = bench.trained(at, [bench.tasks[task] for task in stage], bench.steps(share * len(stage)), held)
+            schedule = replace(bench.steps(share * len(stage)), again=start != bench.learner.base)
+            model = bench.trained(at, [bench.tasks[task] for task in stage], schedule, held)
             if number < len(stages):
                 at = _scratch(bench) / "stage"
                 model.save_pretrained(at)  # float32: what is frozen is so across stages
@@ -118,7 +127,7 @@ def staged(  # noqa: PLR0913 - all of it is one sentence
     return bench.model(name, make)
 
 
-def planned(bench: Bench, name: str, parameters: Parameters, share: float) -> Path:
+def planned(bench: Bench, name: str, parameters: Parameters, share: float = 1.0) -> Path:
     """The directory of the plan of the experts, or of probes that were trained for `share` of their steps."""
     folder = bench.folder / "plans" / name
     content = recipe(bench.learner.base, experts(bench, share), parameters)
@@ -131,6 +140,9 @@ def _scratch(bench: Bench) -> Path:
     return bench.folder / "scratch"
 
 
+TOGETHER = PAPER | {"tau": 0}
+DENSE = PAPER | {"density": 0.3, "tau": 1}
+
 TRAINED = {  # by the name in the tables
     "full multi-task fine-tuning": full,
     "stages at random": random_stages,
@@ -139,14 +151,12 @@ TRAINED = {  # by the name in the tables
     "CPI-FT": lambda bench: cpi_ft(bench, "cpi-ft", PAPER),
 }
 
-DENSE = PAPER | {"density": 0.3, "tau": 1}
-ABLATIONS = {
+ABLATIONS = {  # of CPI-FT
     "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
-    "no freezing": lambda bench: cpi_ft(bench, "no-freezing", PAPER, None),
-    "every other core frozen": lambda bench: cpi_ft(bench, "freeze-all", PAPER, "all"),
+    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", DEFAULTS | {"tau": 1}),
     "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
-    "one group": lambda bench: cpi_ft(bench, "one-group", PAPER | {"tau": 0}),
-    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", {"tau": 0.1}),
-    "density 0.3, every task alone": lambda bench: cpi_ft(bench, "frozen-0.3", DENSE),
-    "density 0.3, every task alone, no freezing": lambda bench: cpi_ft(bench, "unfrozen-0.3", DENSE, None),
+    "one group": lambda bench: cpi_ft(bench, "one-group", TOGETHER),
+    "one group, from the plain average": lambda bench: continued(bench, "plain-group", TOGETHER, average(bench)),
+    "density 0.3": lambda bench: cpi_ft(bench, "dense", DENSE),
+    "density 0.3, no freezing": lambda bench: cpi_ft(bench, "dense-unfrozen", DENSE, None),
 }

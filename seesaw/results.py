@@ -12,9 +12,9 @@ from typing import Any
 
 from . import staging
 from .bench import Bench, Scores
-from .candidates import MERGEKIT, OWN, chosen, key, make, validated
+from .candidates import MERGEKIT, OWN, SPECTRAL, chosen, key, make, validated
 from .merging import Parameters
-from .methods import ABLATIONS, TRAINED, dpi
+from .methods import ABLATIONS, TRAINED
 
 Spread = tuple[float, float | None]
 RESULTS = Path(__file__).parent / "results"
@@ -37,15 +37,13 @@ def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Lin
     """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
     yield Line("experts, each on its task", "reference", [_experts(bench) for bench in benches])
-    for name in (*MERGEKIT, *OWN):
+    for name in (*MERGEKIT, *SPECTRAL, *OWN):
         settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
         yield Line(name, "merge", scores, _said(settings))
     for name, method in TRAINED.items():
         yield Line(name, "training", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
     best = staging.chosen(tuned_on)
-    probed = [bench.scores("dpi-chosen", "test", partial(dpi, bench, "dpi-chosen", best)) for bench in benches]
-    yield Line("DPI, as CPI-FT", "training", probed, _said(best))
     yield Line("CPI-FT, chosen", "training", [staging.scored(bench, best, "test") for bench in benches], _said(best))
 
 

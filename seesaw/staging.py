@@ -16,15 +16,15 @@ from .bench import Bench, Scores, Split
 from .merging import PAPER, Parameters
 from .methods import cpi_ft, planned
 
-DENSITIES = (0.01, 0.05, 0.1, 0.3)
-TAUS = (1, 0.1, "auto", 0)  # every task alone; the paper's; those that go the same way; all together
+DENSITIES = (0.01, 0.1, 0.3)
+TAUS = (1, 0, 0.1, "auto")  # every task alone; all together; the paper's; those that go the same way
 GRID: Sequence[Parameters] = [PAPER | {"density": density, "tau": tau} for density in DENSITIES for tau in TAUS]
 
 
 def stages_of(bench: Bench, parameters: Parameters) -> Sequence[Sequence[str]]:
     """The stages that a plan of the experts with `parameters` has."""
     name = f"cpi-ft-{parameters['density']}-{parameters['tau']}-plan"
-    return Plan.load(planned(bench, name, parameters, 1.0)).stages
+    return Plan.load(planned(bench, name, parameters)).stages
 
 
 def scored(bench: Bench, parameters: Parameters, split: Split) -> Scores:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from .merging import DEFAULTS
 from .results import RESULTS, Line, figures, load, spread
 
 PAGE = Path(__file__).parent.parent / "docs" / "seesaw.md"
@@ -97,7 +98,8 @@ def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| settings | mean accuracy | worst task of expert |"
     yield "|---|--:|--:|"
     for each in sorted(candidates, key=lambda each: -each["mean"]):
-        settings = ", ".join(f"{key} {value}" for key, value in each["settings"].items()) or "cpimerge's defaults"
+        settings = ", ".join(f"{key} {value}" for key, value in each["settings"].items())
+        settings += " (cpimerge's defaults)" if each["settings"] == DEFAULTS else ""
         yield f"| {settings} | {100 * each['mean']:.1f} | {100 * each['worst']:.1f} |"
 
 

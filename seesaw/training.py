@@ -32,11 +32,16 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """`steps` of `batch` rows with AdamW at the peak rate `rate`: warmed up for a tenth of them, then a cosine."""
+    """`steps` of `batch` rows with AdamW at the peak rate `rate`: warmed up for a tenth of them, then a cosine.
+
+    `again`: the model has been trained on these tasks before, and now gets their rows in another order. In the same one
+    it would see only rows that it knows by heart.
+    """
 
     steps: int
     batch: int
     rate: float
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ def train(
 
 def batches(tasks: Sequence[Task], schedule: Schedule, seed: int) -> Iterator[tuple[str, tuple[Row, ...]]]:
     """`schedule.steps` batches, the same number of every task up to one."""
-    order = random.Random(f"{seed} {' '.join(task.name for task in tasks)}")
+    order = random.Random(f"{seed}{' again' * schedule.again} {' '.join(task.name for task in tasks)}")
     streams = {task.name: _rows(task, schedule.batch, order) for task in tasks}
     done = 0
     while True:

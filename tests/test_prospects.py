@@ -74,9 +74,9 @@ def test_an_update_as_large_as_the_weights(tmp_path: Path, step: float, noted: b
     task = {name: tensor + step for name, tensor in base().items()}
     found = notes(tmp_path, {"math": task})
     expected = (
-        f"the update of 'math' is {step / BASE_SIZE:.2g} times as large as the weights of the base: it is no "
-        "fine-tune of this base, and fusing it will give nonsense. Take the model that it was trained "
-        "from as base_model"
+        f"the update of 'math' is {step / BASE_SIZE:.2g} times as large as the weights of the base: it is hardly a "
+        "fine-tune of this base, and what is fused with it will hardly work. Take the model that it was trained from "
+        "as base_model"
     )
     assert found == [expected] * noted
 
@@ -140,11 +140,37 @@ def test_one_update_far_larger_than_the_others(tmp_path: Path, times: float, not
     experts = {"math": apart(0.01, 1), "code": apart(0.01 * times, 2), "chat": apart(0.002, 3), "law": apart(0.011, 4)}
     found = notes(tmp_path, experts)
     expected = (
-        f"the update of 'code' is {times:.2g} times as large as the median of the other tasks': the fusion will be "
-        "mostly 'code', and the others may fall below the base. Take an earlier checkpoint of it, or one trained "
-        "at a lower rate, or leave it out; a plain average loses less (docs/payoff.md)"
+        f"the update of 'code' is {times:.2g} times as large as the median of the other tasks': the fusion may be "
+        "mostly 'code', and the others may fall below the base. Compare it with a plain average, give it a smaller "
+        "weight, or take an earlier checkpoint of it (docs/payoff.md)"
     )
     assert found == [expected] * noted
+
+
+@pytest.mark.parametrize(
+    ("weighed", "noted"),
+    [
+        ({"density": 0, "space": "weights"}, False),
+        ({"density": 0}, True),
+        ({"space": "weights"}, True),
+        ({"weight": 1}, False),
+    ],
+)
+def test_who_averages_or_weighs_the_models_is_not_told(tmp_path: Path, weighed: dict[str, object], noted: bool) -> None:
+    assert len(notes(tmp_path, {"math": apart(0.05, 1), "code": apart(0.01, 2)}, **weighed)) == noted
+
+
+def test_the_weights_are_sampled_everywhere(tmp_path: Path) -> None:
+    """A base whose largest tensor is mostly zeros: at both ends, or in the middle."""
+    generator = torch.Generator().manual_seed(0)
+    for filled in (slice(0, 20), slice(40, 60), slice(80, 100)):
+        start = {LARGE: torch.zeros(100, 100)}
+        start[LARGE][filled] = 2.0  # a fifth: 0.4 in the mean
+        task = {LARGE: start[LARGE] + 0.1 * torch.randn(100, 100, generator=generator)}  # 0.08, a fifth of that
+        save(tmp_path / "base", start)
+        save(tmp_path / "math", task)
+        write_recipe(tmp_path / "recipe.yml", base_model=tmp_path / "base", models=[{"model": tmp_path / "math"}])
+        assert cpimerge.plan(tmp_path / "recipe.yml", tmp_path / "plan", threads=1, force=True).notes == []
 
 
 def test_of_two_it_is_the_other(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from cpimerge.plan_file import Plan
-from cpimerge.recipe import parse_recipe
-from seesaw import candidates, methods, results, tables
+from cpimerge.recipe import Recipe, parse_recipe
+from seesaw import candidates, methods, results, spectral, tables
 from seesaw.bench import Bench
-from seesaw.merging import PAPER, mergekits, recipe, save_like, written
+from seesaw.merging import DEFAULTS, PAPER, Parameters, mergekits, recipe, save_like, written
 from seesaw.tasks import Row, Task, half, split
 from seesaw.training import Schedule, batches
 
@@ -60,6 +61,7 @@ def test_every_task_gets_as_many_batches() -> None:
     assert all(set(batch) <= rows[name] for name, batch in drawn)
     assert drawn == list(batches(tasks, Schedule(steps=32, batch=4, rate=1.0), seed=1))
     assert drawn != list(batches(tasks, Schedule(steps=32, batch=4, rate=1.0), seed=2))
+    assert drawn != list(batches(tasks, Schedule(steps=32, batch=4, rate=1.0, again=True), seed=1))
 
 
 def test_figures_by_hand() -> None:
@@ -81,6 +83,37 @@ def test_every_candidate_is_a_recipe(name: str, tmp_path: Path) -> None:
         parse_recipe(path.read_text(), path, tmp_path)
         keys.add(candidates.key(name, parameters))
     assert len(keys) == len(candidates.settings(name))
+
+
+def test_the_defaults_are_the_tools(tmp_path: Path) -> None:
+    def parsed(parameters: Parameters) -> Recipe:
+        path = written(recipe(tmp_path, {"a": tmp_path, "b": tmp_path}, parameters), tmp_path)
+        return parse_recipe(path.read_text(), None, tmp_path)
+
+    bare, full = parsed({}), parsed(DEFAULTS)
+    densities = [each.density_of(each.tasks[0], "w", Fraction(0)) for each in (bare, full)]
+    assert densities[0] == densities[1]
+    assert replace(full, density=None, lines={}, text="") == replace(bare, lines={}, text="")
+
+
+def test_singular_vectors_of_tasks() -> None:
+    """Tasks whose vectors are orthogonal already are summed as they are; others are pulled apart."""
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(40, 36))
+    v, _ = torch.linalg.qr(torch.randn(36, 36))
+    values = 1 + torch.rand(36)
+    apart = torch.stack([(u[:, half] * values[half]) @ v[:, half].T for half in (slice(18), slice(18, 36))])
+    torch.testing.assert_close(spectral.tsv(apart), apart.sum(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(spectral.iso(apart), values.mean() * _polar(apart.sum(0)), atol=1e-4, rtol=0)
+    alike = torch.stack([apart[0] + 0.1 * torch.randn(40, 36), apart[0] + 0.1 * torch.randn(40, 36)])
+    kept = torch.linalg.svdvals(alike)[:, :18].flatten().sort().values
+    found = torch.linalg.svdvals(spectral.tsv(alike)).sort().values
+    torch.testing.assert_close(found, kept, atol=1e-4, rtol=0)  # orthogonal vectors leave every value what it was
+
+
+def _polar(matrix: torch.Tensor) -> torch.Tensor:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
 
 
 def test_mergekits_methods_by_formula(tmp_path: Path) -> None:
@@ -164,7 +197,8 @@ def test_cpi_ft_trains_in_stages_and_keeps_the_first_core(bench: Bench) -> None:
     moved = before != after
     assert moved[~core].float().mean() > 0.5
     # The movies' core moves in its own stage and is held in the next; trained alone, that stage gives the same.
-    alone = bench.trained(_fused_again(bench), [bench.tasks["movies"]], bench.steps(methods.THIRD))
+    schedule = replace(bench.steps(methods.THIRD), again=True)
+    alone = bench.trained(_fused_again(bench), [bench.tasks["movies"]], schedule)
     kept = torch.cat([alone.state_dict()[name].flatten() for name in sorted(starts)])
     assert torch.equal(after[core], kept[core])
 
