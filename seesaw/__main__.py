@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +31,14 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     parts = options.parts or PARTS
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with (options.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time: they share what they write
+        run(options, parts)
+
+
+def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
+    """These parts, in order."""
     if "encoder" in parts:
         benches = encoder_benches(options.folder, options.seeds)
         results.save([*results.measure(benches, benches), *results.ablate(benches)], "encoder")

@@ -65,14 +65,18 @@ class Bench:
     def scores(self, name: str, split: Split, get: Callable[[], Path], tasks: Sequence[str] = ()) -> Scores:
         """The accuracy per task (all unless `tasks` says which) of the model that `get` gives, 0 to 1.
 
-        It is kept in a file once it is known.
+        It is kept in a file once it is known. Raises ValueError where that is of another schedule or other rows.
         """
         path = self.folder / "scores" / f"{name}.{split}.json"
+        made = {"schedule": asdict(self.schedule), "rows": self.learner.limit}
         if not path.exists():
             found = self.measured(self.learner.load(get()), split, tasks or list(self.tasks))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"schedule": asdict(self.schedule), "scores": found}, indent=1))
-        scores: Scores = json.loads(path.read_text())["scores"]
+            path.write_text(json.dumps(made | {"scores": found}, indent=1))
+        kept = json.loads(path.read_text())
+        if made != {key: kept.get(key) for key in made}:
+            raise ValueError(f"{path}: of another schedule or other rows. Remove what was measured so")
+        scores: Scores = kept["scores"]
         return scores
 
     def measured(self, model: PreTrainedModel, split: Split, tasks: Sequence[str]) -> Scores:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from cpimerge.plan_file import Plan
 from cpimerge.recipe import Recipe, parse_recipe
-from seesaw import candidates, methods, results, spectral, tables
+from seesaw import candidates, methods, results, spectral, staging, tables
 from seesaw.bench import Bench
 from seesaw.merging import DEFAULTS, PAPER, Parameters, mergekits, recipe, save_like, written
 from seesaw.tasks import Row, Task, half, split
@@ -222,6 +223,35 @@ def test_scores_are_measured_once(bench: Bench) -> None:
         for row in bench.tasks["movies"].test[:10]
     ]
     assert first["movies"] == sum(right) / 10
+    with pytest.raises(ValueError, match=r"base\.test\.json: of another schedule or other rows"):
+        replace(bench, schedule=Schedule(steps=7, batch=4, rate=1e-2)).scores("base", "test", get)
+
+
+class Asked:
+    """A bench whose scores are given; it notes what is asked for."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.seed, self.tasks, self.asked, self._given = 0, {"a": None}, [], scores
+
+    def scores(self, name: str, split: str, get: Callable[[], Path]) -> dict[str, float]:
+        self.asked.append(split)
+        return {"a": self._given[name]}
+
+
+def test_settings_are_chosen_on_validation_rows() -> None:
+    best = {"density": 0.1, "conflict": "elect", "space": "delta"}
+    given = {candidates.key("fusion, chosen", each): 0.5 for each in candidates.settings("fusion, chosen")}
+    benches = [Asked(given | {candidates.key("fusion, chosen", best): share}) for share in (0.3, 0.9)]
+    assert candidates.chosen(cast("Sequence[Bench]", benches), "fusion, chosen") == best
+    assert {split for bench in benches for split in bench.asked} == {"validation"}
+
+
+def test_density_and_threshold_are_chosen_on_validation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "stages_of", lambda bench, parameters: [[str(parameters["tau"])]])
+    given = {f"cpi-ft-{each['density']}-{each['tau']}": 0.5 for each in staging.GRID}
+    benches = [Asked(given | {"cpi-ft-0.3-auto": share}) for share in (0.3, 0.9)]
+    assert staging.chosen(cast("Sequence[Bench]", benches)) == PAPER | {"density": 0.3, "tau": "auto"}
+    assert {split for bench in benches for split in bench.asked} == {"validation"}
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
