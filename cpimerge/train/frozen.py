@@ -92,11 +92,15 @@ class FrozenCores:
         self._attached.append(Steps(inner, self._parts_of))
 
     def detach(self) -> None:
-        """Let all optimizers move everything again."""
-        for steps in self._attached:
-            steps.end()
-        self._attached.clear()
+        """Let all optimizers move everything again. What a step has moved that ended in an error, is put back.
+
+        Raises IncompatibleError where that cannot be, as a parameter was changed since.
+        """
+        attached, self._attached = self._attached, []
         self._others.clear()
+        problems = [problem for steps in attached for problem in steps.end()]
+        if problems:
+            raise IncompatibleError(problems)
 
     def _find(self, known: _Known | None = None) -> _Known:
         """The frozen elements in the parameters that the model has now; `known` if those are the same."""

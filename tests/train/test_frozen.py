@@ -468,7 +468,7 @@ def test_during_a_step_their_values_are_held_too(world: World) -> None:
     class Looking(optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             (step,) = frozen._attached[0]._open
-            seen.append(sum(values.nbytes for _, _, values in step))
+            seen.append(sum(held.values.nbytes for held in step))
 
     optimizer = Looking(model.parameters(), lr=0.1)
     frozen = FrozenCores(world.plan, model, stage=3)
