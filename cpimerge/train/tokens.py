@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Encoded", "encode_all", "padded"]
 
 IGNORED = -100  # the label of a token that nobody asks for, as everywhere in PyTorch
-GENERATION = "{% generation"  # marks the assistant's words in a chat template, also as `{%- generation`
+# Marks the assistant's words in a chat template, where transformers looks for them.
+GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 LISTED = 20  # examples that are named one by one
 
 
@@ -125,7 +127,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
 
 def _marks_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return GENERATION in str(tokenizer.chat_template).replace("{%-", "{%")
+    return GENERATION.search(str(tokenizer.chat_template)) is not None
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sequence[Example]]) -> None:

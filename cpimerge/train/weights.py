@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..checkpoint import INDEX, Checkpoint, Handles, Tensor
 from ..errors import CheckpointError, OutputError
 from ..writer import OutputTensor, ShardWriter, index_json, shard_layouts
 
-__all__ = ["load", "load_tokenizer", "restore", "save", "stored_values", "write_weights"]
+__all__ = ["load", "load_config", "load_tokenizer", "restore", "save", "stored_values", "write_weights"]
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 OPEN_FILES = 8
@@ -36,14 +43,17 @@ def load(start: Checkpoint) -> PreTrainedModel:
     model: PreTrainedModel = loaded[0]
     values = stored_values(model, start)
     problems = [*_missing(model, start, values), *_unlike(start, values)]
-    if not problems and not _is_causal(model):
-        problems = [
-            f"{start.path}: is no causal language model: what it says of a token depends on those after it, so that "
-            "it would learn to copy them"
-        ]
-    if problems:
+    if problems or (problems := list(_objections(model, start.path))):
         raise CheckpointError(problems)
     return model
+
+
+def load_config(start: Checkpoint) -> PretrainedConfig:
+    """Its config, with the names that all models have in common. Raises CheckpointError as `load` does."""
+    with _quiet(), _refused(start.path, "its config.json"):
+        loaded: Any = AutoConfig.from_pretrained(start.path, trust_remote_code=False, local_files_only=True)
+    config: PretrainedConfig = loaded.get_text_config()
+    return config
 
 
 def load_tokenizer(start: Checkpoint) -> PreTrainedTokenizerBase:
@@ -114,13 +124,19 @@ def _unlike(start: Checkpoint, values: Mapping[str, torch.Tensor]) -> Iterator[s
                 yield f"{start.path}: tensor {name!r}: NaN in it, or transformers changes its values as it loads them"
 
 
-def _is_causal(model: PreTrainedModel) -> bool:
-    """Whether a token changes nothing of what the model says of those before it."""
+def _objections(model: PreTrainedModel, path: Path) -> Iterator[str]:
+    """A problem where what the model says is no number, or where a token changes what it says of those before it."""
     ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]])  # that have an embedding in any model
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     change = (logits[0] - logits[1]).abs().amax(dim=-1)  # float32 [4]
-    return bool(change[:3].max() <= NOISE * change[3])
+    if not torch.isfinite(logits).all():
+        yield f"{path}: what it says of a few tokens is no number. Its weights are infinite, or too large"
+    elif change[:3].max() > NOISE * change[3]:
+        yield (
+            f"{path}: is no causal language model: what it says of a token depends on those after it, so that it would "
+            "learn to copy them"
+        )
 
 
 def _bytes(tensor: Tensor, handles: Handles) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -22,6 +22,8 @@ from cpimerge.train import Settings
         ({"learning_rate": 0}, "learning_rate: expected a number above 0, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a number above 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay: expected a number from 0 on, got -0.1"),
+        ({"bf16": "no"}, "bf16: expected True or False, got 'no'"),
+        ({"truncate": 1}, "truncate: expected True or False, got 1"),
         ({"warmup": 1}, "warmup: expected a share from 0 to less than 1, got 1"),
     ],
 )

@@ -116,8 +116,11 @@ def test_a_template_without_a_prompt_for_the_answer() -> None:
     assert said("user: w1; assistant: w3", TEMPLATE)[1] == ". . . <assistant> w3 </s>"
 
 
-def test_a_template_that_marks_the_assistants_words() -> None:
-    found = said("user: w1; assistant: w3 w4; user: w5; assistant: w6", MARKED)
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%generation%}", "{%- generation -%}", "{%-  generation%}"])
+def test_a_template_that_marks_the_assistants_words(tag: str) -> None:
+    """Written as transformers takes it."""
+    template = MARKED.replace("{% generation %}", tag)
+    found = said("user: w1; assistant: w3 w4; user: w5; assistant: w6", template)
     assert found == (
         "<user> w1 </s> <assistant> w3 w4 </s> <user> w5 </s> <assistant> w6 </s>",
         ". . . . w3 w4 . . . . . w6 .",

@@ -104,6 +104,18 @@ def test_nan_in_the_files(tmp_path: Path) -> None:
         load(open_checkpoint(base))
 
 
+@pytest.mark.parametrize("value", [float("inf"), 3e38])
+def test_a_model_that_says_no_numbers(tmp_path: Path, value: float) -> None:
+    """Which is no sign that it looks ahead."""
+    base = write_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][:] = value
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="what it says of a few tokens is no number"):
+        load(open_checkpoint(base))
+
+
 def test_what_transformers_does_not_load(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     (base / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
