@@ -57,6 +57,11 @@ class Example:
     turns: tuple[Turn, ...] = ()
 
     @property
+    def content(self) -> tuple[object, ...]:
+        """All that it says, wherever it stands."""
+        return self.prompt, self.completion, self.turns
+
+    @property
     def place(self) -> str:
         """`file:line`, as messages name it."""
         return f"{self.file}:{self.line}"

@@ -19,32 +19,52 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sample:
-    """Examples of one task: those to train on, and those held out, none of which is in both."""
+    """Examples of one task: those to train on, and those held out.
+
+    Those to train on are the same as none held out, of whatever task; `left_out`: how many were, and are in neither.
+    """
 
     train: list[Example]
     held_out: list[Example]
+    left_out: int
 
 
 def draw(examples: Mapping[str, Sequence[Example]], settings: Settings) -> dict[str, Sample]:
-    """As many examples of each task, drawn without repetition. Raises DataError naming each task that has too few."""
-    rest = {task: len(found) - settings.holdout for task, found in examples.items()}
-    samples = settings.samples or max(1, min(MOST_SAMPLES, *rest.values()))
+    """As many examples of each task, no line twice. Raises DataError naming each task that has too few."""
+    orders = {task: _shuffled(task, len(found), settings.seed) for task, found in examples.items()}
+    held_out = {task: order[: settings.holdout] for task, order in orders.items()}
+    known = {examples[task][number].content for task, numbers in held_out.items() for number in numbers}
+    others = {task: order[settings.holdout :] for task, order in orders.items()}
+    train = {task: [n for n in numbers if examples[task][n].content not in known] for task, numbers in others.items()}
+    left_out = {task: len(others[task]) - len(numbers) for task, numbers in train.items()}
+    samples = settings.samples or max(1, min(MOST_SAMPLES, *map(len, train.values())))
     problems = [
-        f"task {task!r}: has {len(found)} example{'s' * (len(found) != 1)}, and {samples} to train on and "
+        f"task {task!r}: {_has(len(examples[task]), left_out[task])}, and {samples} to train on and "
         f"{settings.holdout} to hold out are asked for. Give it more, or lower --samples or --holdout"
-        for task, found in examples.items()
-        if rest[task] < samples
+        for task, numbers in train.items()
+        if len(numbers) < samples
     ]
     if problems:
         raise DataError(problems)
-    return {task: _drawn(task, found, samples, settings) for task, found in examples.items()}
+    return {
+        task: Sample(
+            [found[number] for number in sorted(train[task][:samples])],
+            [found[number] for number in sorted(held_out[task])],
+            left_out[task],
+        )
+        for task, found in examples.items()
+    }
 
 
-def _drawn(task: str, found: Sequence[Example], samples: int, settings: Settings) -> Sample:
-    chosen = list(range(len(found)))
-    Random(f"{settings.seed} draw {task}").shuffle(chosen)
-    held_out, train = chosen[: settings.holdout], chosen[settings.holdout : settings.holdout + samples]
-    return Sample([found[number] for number in sorted(train)], [found[number] for number in sorted(held_out)])
+def _has(count: int, left_out: int) -> str:
+    same = f", {left_out} of them like one held out" if left_out else ""
+    return f"has {count} example{'s' * (count != 1)}{same}"
+
+
+def _shuffled(task: str, count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    Random(f"{seed} draw {task}").shuffle(order)
+    return order
 
 
 def ordered(items: Sequence[Item], stage: int, settings: Settings) -> list[Item]:
