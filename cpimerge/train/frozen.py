@@ -7,6 +7,7 @@ held but which elements are frozen.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,13 @@ class FrozenCores:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on no step of `optimizer`, which may be wrapped as accelerate does it, moves a frozen element.
 
-        Raises IncompatibleError where it trains no parameter of the model.
+        Raises IncompatibleError where it trains no parameter of the model, or copies of some; where no hooks are called
+        around its steps; and where it is known to move parameters outside of them.
         """
         inner = _innermost(optimizer)
         if any(steps.optimizer is inner for steps in self._attached):
             return
+        _refuse_movers(inner)
         self._known = self._find(self._known)
         self._note(inner, _trained(inner))
         self._attached.append(Steps(inner, self._parts_of))
@@ -118,13 +121,32 @@ class FrozenCores:
         return _Known(parameters, parts)
 
     def _note(self, optimizer: torch.optim.Optimizer, trained: set[torch.nn.Parameter]) -> None:
-        """Remember what the optimizer trains beside the model. Raises IncompatibleError where that is all."""
+        """Remember what the optimizer trains beside the model.
+
+        Raises IncompatibleError where that is all, or where it may be copies of the model's parameters.
+        """
+        kind = type(optimizer).__name__
         if trained.isdisjoint(self._known.parameters):
             raise IncompatibleError(
-                f"optimizer {type(optimizer).__name__}: trains no parameter of the model, but another model's, or "
-                "copies. Make it of `model.parameters()`"
+                f"optimizer {kind}: trains no parameter of the model, but another model's, or copies. Make it of "
+                "`model.parameters()`"
             )
-        self._others[optimizer] = trained - self._known.parameters
+        others = trained - self._known.parameters
+        shapes = {each.shape for each in others}
+        for steps in self._attached:
+            trained = trained | _trained(steps.optimizer)
+        left = [
+            repr(part.name)
+            for parameter, part in self._known.parts.items()
+            if parameter.requires_grad and parameter not in trained and parameter.shape in shapes
+        ]
+        if left:
+            raise IncompatibleError(
+                f"optimizer {kind}: trains tensors that are not the model's, in the shapes of {', '.join(left)}, which "
+                "no attached optimizer trains. If they are copies, make it of `model.parameters()`; if not, attach the "
+                "optimizer of those parameters first, or set their requires_grad to False"
+            )
+        self._others[optimizer] = others
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, Part]]:
         """What is frozen of the parameters that the optimizer has now.
@@ -139,13 +161,41 @@ class FrozenCores:
 
 
 def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """PyTorch's own optimizer, whose steps have hooks, within what accelerate puts around it."""
+    """PyTorch's own optimizer, around whose steps hooks are called, within what accelerate puts around it."""
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+    while not _calls_hooks(inner):
         if not hasattr(inner, "optimizer"):
-            raise IncompatibleError(f"optimizer {type(optimizer).__name__}: is not one of PyTorch's kind, with hooks")
+            raise IncompatibleError(f"optimizer {type(inner).__name__}: {_why_not(inner)}")
         inner = inner.optimizer
     return inner
+
+
+def _calls_hooks(optimizer: object) -> bool:
+    """PyTorch marks the steps that do; in the place of one may be what was wrapped around it, as schedulers do it."""
+    hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    steps = (getattr(each, "step", None) for each in (type(optimizer), optimizer))
+    return all(isinstance(each, OrderedDict) for each in hooks) and all(hasattr(each, "hooked") for each in steps)
+
+
+def _why_not(optimizer: object) -> str:
+    if hasattr(getattr(type(optimizer), "step", None), "hooked"):
+        return "its `step` was replaced by a function that may call no hooks. Override it in a subclass"
+    return "is not one of PyTorch's kind, with hooks. Derive it from torch.optim.Optimizer, and call its constructor"
+
+
+def _refuse_movers(optimizer: torch.optim.Optimizer) -> None:
+    """Raise IncompatibleError where the optimizer is known to move parameters outside of its steps."""
+    kind = type(optimizer).__name__
+    if hasattr(optimizer, "fused_backward"):
+        raise IncompatibleError(
+            f"optimizer {kind}: moves parameters in `fused_backward`, not in its steps. Use another optimizer"
+        )
+    averages = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+    if averages and any(group.get("weight_decay") for group in optimizer.param_groups):
+        raise IncompatibleError(
+            f"optimizer {kind}: is schedule-free: its `eval` would move frozen elements by the weight decay that its "
+            "steps gather. Use weight_decay=0, or another optimizer"
+        )
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> set[torch.nn.Parameter]:

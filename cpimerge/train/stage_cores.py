@@ -30,7 +30,9 @@ class StageCores:
     """
 
     def __init__(self, directory: Path, stage: int, freeze: Freeze) -> None:
-        """Reads plan.json. Raises PlanError where it is damaged, or has no such stage."""
+        """Reads plan.json. Raises PlanError where it is damaged, or has no such stage; ValueError where `stage` or `freeze` is none."""
+        if type(stage) is not int:
+            raise ValueError(f"stage: {stage!r}: expected a whole number from 1 on")
         plan = Plan.load(directory)
         if not 1 <= stage <= len(plan.stages):
             raise PlanError(f"{directory}: stage {stage}: its stages are numbered 1 to {len(plan.stages)}")

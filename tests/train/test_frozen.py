@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -444,6 +446,143 @@ def test_what_does_not_train_is_no_matter(world: World) -> None:
     start = model.head.weight.detach().clone()
     optimizer.step()
     assert torch.equal(same_bits(model.head.weight, start), world.masks(3, "prior")["head.weight"])
+
+
+# --- optimizers that it cannot hold -----------------------------------------------------------------
+
+
+class Wrapping(optim.Optimizer):
+    """As wrappers are that skip the constructor, so that nothing calls the hooks that they have room for."""
+
+    def __init__(self, optimizer: Any, kind: Any = OrderedDict) -> None:
+        self.optimizer = optimizer
+        self._optimizer_step_pre_hooks = kind()
+        self._optimizer_step_post_hooks = kind()
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Inheriting(optim.SGD):
+    """Has no hooks of its own for the hooked step of its parent class."""
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        optim.SGD([torch.zeros(1, requires_grad=True)])  # from here on the parent's `step` has hooks
+        self.optimizer = optimizer
+        self._optimizer_step_pre_hooks: Any = {}
+        self.step = optimizer.step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("wrap", [Wrapping, partial(Wrapping, kind=dict), Inheriting])
+def test_the_optimizer_whose_hooks_run_is_found_in_wrappers(world: World, wrap: Make) -> None:
+    model = Small()
+    optimizer = wrap(Wrapping(optim.SGD(model.parameters(), lr=0.1)))
+    FrozenCores(world.plan, model, stage=3).attach(optimizer)
+    step_and_compare(world, model, optimizer)
+
+
+def test_none_is_found(world: World) -> None:
+    model = Small()
+    frozen = FrozenCores(world.plan, model, stage=3)
+    for wrapped in (object(), Wrapping(object())):
+        with pytest.raises(IncompatibleError, match="optimizer object: is not one of PyTorch's kind, with hooks"):
+            frozen.attach(Wrapping(wrapped))
+    assert frozen._attached == []
+
+
+def test_a_step_in_place_of_that_of_the_class(world: World) -> None:
+    """Only where it is known to call that."""
+    model = Small()
+    frozen = FrozenCores(world.plan, model, stage=3)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    own = optimizer.step
+    optimizer.step = MethodType(optim.SGD.step.__wrapped__, optimizer)  # type: ignore[attr-defined,method-assign]
+    with pytest.raises(IncompatibleError, match="SGD: its `step` was replaced by a function that may call no hooks"):
+        frozen.attach(optimizer)
+    optimizer.step = own  # type: ignore[method-assign]
+    scheduler = optim.lr_scheduler.ConstantLR(optimizer)  # puts a function of its own in place
+    frozen.attach(optimizer)
+    step_and_compare(world, model, optimizer)
+    scheduler.step()
+    step_and_compare(world, model, optimizer)
+
+
+class Lomo(optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def fused_backward(self, loss: torch.Tensor, lr: float) -> None: ...
+
+
+def test_optimizers_that_update_in_backward_are_refused(world: World) -> None:
+    model = Small()
+    with pytest.raises(IncompatibleError, match="optimizer Lomo: moves parameters in `fused_backward`"):
+        FrozenCores(world.plan, model, stage=3).attach(Lomo(model.parameters()))
+
+
+class Averaging(optim.SGD):
+    """As schedule-free optimizers: `eval` moves parameters to where `step` has only been in the optimizer's state."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def test_weight_decay_of_schedule_free_optimizers_is_refused(world: World) -> None:
+    model = Small()
+    frozen = FrozenCores(world.plan, model, stage=3)
+    groups = [{"params": [each], "weight_decay": 0.0} for each in model.parameters()]
+    optimizer = Averaging(groups, lr=0.1)
+    frozen.attach(optimizer)
+    step_and_compare(world, model, optimizer)
+    groups[2]["weight_decay"] = 0.1
+    with pytest.raises(IncompatibleError, match=r"Averaging: .* weight_decay=0"):
+        frozen.attach(Wrapping(Averaging(groups, lr=0.1)))
+
+
+def test_copies_of_some_parameters_are_refused(world: World) -> None:
+    """As programs do that keep matrices in higher precision: the copies would move the matrices' frozen elements."""
+    model = Small()
+    matrices = [model.embed.weight, model.hidden.weight, model.head.weight]
+    others = [each for each in model.parameters() if each.dim() == 1]
+    copies = [torch.nn.Parameter(each.detach().double()) for each in matrices]
+    optimizer = optim.SGD([*copies, *others], lr=0.1)
+    frozen = FrozenCores(world.plan, model, stage=3)
+    with pytest.raises(IncompatibleError, match="optimizer SGD: trains tensors that are not the model's") as caught:
+        frozen.attach(optimizer)
+    names = ["embed.weight", "hidden.weight", "head.weight"]
+    assert [name for name in names if repr(name) in str(caught.value)] == names
+    frozen.attach(optim.SGD(matrices, lr=0.1))  # which says that the copies are none
+    frozen.attach(optimizer)
+
+
+def test_copies_of_some_parameters_made_behind_its_back(world: World) -> None:
+    model = Small()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    FrozenCores(world.plan, model, stage=3).attach(optimizer)
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(model.embed.weight.detach().clone())
+    before = copy.deepcopy(model)
+    set_gradients(model, 0, strange=False)
+    for _ in range(2):
+        with pytest.raises(IncompatibleError, match=r"in the shapes of 'embed\.weight', which"):
+            optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_what_only_looks_like_copies(world: World) -> None:
+    """Another model's parameters, where the model's own of that shape are trained, or not to be trained."""
+    model, beside = Small(), Small()
+    optimizer = optim.SGD([*model.parameters(), *beside.parameters()], lr=0.1)
+    FrozenCores(world.plan, model, stage=3).attach(optimizer)
+    step_and_compare(world, model, optimizer)
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    optimizer = optim.SGD([model.head.weight, *beside.hidden.parameters()], lr=0.1)
+    FrozenCores(world.plan, model, stage=3).attach(optimizer)
 
 
 # --- what it says -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -118,3 +119,57 @@ def test_everything_that_is_wrong_at_once() -> None:
         "tensor 'norm.running_mean': has frozen elements, and is a buffer of the model, which training may change "
         "without an optimizer",
     ]
+
+
+class Adapted(torch.nn.Module):
+    """A layer as peft wraps it."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 2, bias=False)})
+
+
+def test_adapters_are_told_once() -> None:
+    model = Outer()
+    model.head = Adapted(model.head)  # type: ignore[assignment]
+    tensors = planned(head__weight=[5, 3], head__bias=[5], bert__norm__weight=[3], bert__embeddings__weight=[4, 3])
+    with pytest.raises(IncompatibleError) as caught:
+        matched(model, tensors)
+    assert caught.value.problems == (
+        "tensor 'bert.embeddings.weight': expected [4, 3] (as planned), the model has [5, 3]",
+        "model Outer: has adapters (parameter 'head.base_layer.bias'), with which 2 tensors of the plan are not "
+        "found. Train the whole model: to merge what adapters learn would move frozen elements",
+    )
+    assert len(matched(model, planned(bert__norm__weight=[3]))[1]) == 1  # where no adapter is in the way
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_models_of_peft() -> None:
+    whole = transformers.LlamaForCausalLM(LLAMA)
+    tensors = planned(**{name: list(value.shape) for name, value in whole.named_parameters()})
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"])
+    model = peft.get_peft_model(whole, settings)
+    for each in (model, model.get_base_model()):
+        with pytest.raises(IncompatibleError, match="has adapters") as caught:
+            matched(each, tensors)
+        assert len(caught.value.problems) == 1
+
+
+class Sharded(torch.nn.Module):
+    """As FSDP1 leaves parameters, in the two ways that it has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        inner = torch.nn.Module()
+        inner.register_parameter(name, torch.nn.Parameter(torch.zeros(3)))
+        self.add_module("_fsdp_wrapped_module", inner)
+
+
+@pytest.mark.parametrize("name", ["weight", "_flat_param"])
+def test_fsdp1_is_told_once(name: str) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        matched(Sharded(name), planned(head__weight=[5, 3], head__bias=[5]))
+    (problem,) = caught.value.problems
+    assert problem.startswith("model Sharded: is sharded by FSDP1 (parameter '_fsdp_wrapped_module.")
+    assert problem.endswith("Shard it by FSDP2: `fully_shard`, or accelerate's `fsdp_version: 2`")

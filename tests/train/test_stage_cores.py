@@ -69,6 +69,12 @@ def test_there_is_no_such_stage(world: World, stage: int) -> None:
         StageCores(world.plan, stage, "prior")
 
 
+@pytest.mark.parametrize("stage", [True, 2.0, "2", None])
+def test_what_is_no_number_of_a_stage(world: World, stage: object) -> None:
+    with pytest.raises(ValueError, match=f"stage: {stage!r}: expected a whole number from 1 on"):
+        StageCores(world.plan, stage, "prior")  # type: ignore[arg-type]
+
+
 def test_there_is_no_such_choice(world: World) -> None:
     with pytest.raises(ValueError, match="freeze: 'later': expected 'prior' or 'all'"):
         StageCores(world.plan, 1, "later")  # type: ignore[arg-type]
