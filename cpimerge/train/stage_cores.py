@@ -30,7 +30,10 @@ class StageCores:
     """
 
     def __init__(self, directory: Path, stage: int, freeze: Freeze) -> None:
-        """Reads plan.json. Raises PlanError where it is damaged, or has no such stage; ValueError where `stage` or `freeze` is none."""
+        """Reads plan.json. Raises PlanError where it is damaged, or has no such stage.
+
+        ValueError where `stage` is no whole number, or `freeze` is another word.
+        """
         if type(stage) is not int:
             raise ValueError(f"stage: {stage!r}: expected a whole number from 1 on")
         plan = Plan.load(directory)
