@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,18 @@ __all__ = [
 
 EXTRA = ("torch", "transformers", "accelerate")
 READ_BYTES = 1 << 20
+# What accelerate reads from variables `ACCELERATE_...`, whatever transformers asks of it, and what says no there.
+COMPUTING = (
+    "MIXED_PRECISION",
+    "DYNAMO_BACKEND",
+    "USE_DEEPSPEED",
+    "USE_FSDP",
+    "USE_MEGATRON_LM",
+    "USE_PARALLELISM_CONFIG",
+    "USE_CPU",
+    "TORCH_DEVICE",
+)
+OFF = ("", "0", "false", "no", "n", "f", "off")
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,11 @@ class Job:
         return [task for stage in self.stages for task in stage]
 
 
-def check_extra() -> None:
-    """Raise ResourceError where training is not possible here: something is not installed, or this is one of many."""
+def check_extra(settings: Settings) -> None:
+    """Raise ResourceError where training is not possible here, or would not be what the settings say.
+
+    Something is not installed, this is one process of many, or the environment tells accelerate to compute otherwise.
+    """
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ResourceError(f"training needs {' and '.join(missing)}: pip install 'cpimerge[train]'")
@@ -118,6 +133,17 @@ def check_extra() -> None:
             "WORLD_SIZE: this trains in one process. For several, use cpimerge.train.FrozenCoresCallback in a script "
             "of your own (see docs/freezing.md)"
         )
+    if problems := list(_contradictions(settings)):
+        raise ResourceError(problems)
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """A problem for each variable by which accelerate would compute other than it is told, and nobody would know."""
+    for name in COMPUTING:
+        value = os.environ.get(f"ACCELERATE_{name}", "")
+        if value.lower() not in OFF and not (name == "MIXED_PRECISION" and value == "bf16" and settings.bf16):
+            setting = " and give --bf16 for bfloat16" if name == "MIXED_PRECISION" else ""
+            yield f"ACCELERATE_{name}={value}: would change what is computed. Unset it{setting}"
 
 
 def library_versions() -> dict[str, str]:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..budget import format_size
 from ..errors import OutputError, ResourceError
 from .settings import Settings
 from .tokens import IGNORED, Encoded, padded
 from .training_log import TrainingLog
 from .weights import restore, save
 
-__all__ = ["Course", "held_out_loss", "place", "train_stage"]
+__all__ = ["Course", "device", "enough_memory", "held_out_loss", "own_random_numbers", "place", "train_stage"]
 
 MAX_GRADIENT_NORM = 1.0
+MEMORY_BYTES = 16  # of an element: itself, its gradient and AdamW's two moments
 WEIGHTS = "model.safetensors"
 DIVERGED = "Train with a lower --learning-rate, or without --bf16"
 
@@ -55,26 +60,51 @@ def train_stage(
 ) -> None:
     """Train `model` in place, from the checkpoint `resume_from` of an earlier run on where there is one.
 
-    Raises OutputError where the loss is no number any more, ResourceError where the device's memory does not suffice.
+    Raises OutputError where the loss is no number any more.
     """
     trainer = _StageTrainer(model, course)
     for callback in (_Watcher(course, trainer.tally), *callbacks):
         trainer.add_callback(callback)
-    try:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"stage {course.number}: the memory of {model.device} does not suffice. Lower --batch-size, and raise "
-            "--gradient-accumulation for it; or lower --max-length"
-        ) from error
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what bf16 put around its forward
 
 
+def device() -> torch.device:
+    """Where the Trainer trains: the accelerator, where there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def place(model: PreTrainedModel) -> None:
-    """Move the model where the Trainer will want it: to the accelerator, where there is one."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is not None:
-        torch.nn.Module.to(model, device)
+    """Move the model where the Trainer will want it."""
+    torch.nn.Module.to(model, device())
+
+
+@contextmanager
+def enough_memory(elements: int) -> Iterator[None]:
+    """Raises ResourceError where the device's memory does not suffice for a model of so many elements."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the memory of {device()} does not suffice: training takes {format_size(MEMORY_BYTES * elements)} for "
+            "the model, and more for the examples of a batch. Lower --batch-size, and raise --gradient-accumulation "
+            "for it; or lower --max-length"
+        ) from error
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Whatever the block draws or seeds, the caller's random numbers go on where they were."""
+    kind = device().type
+    devices = [] if kind in ("cpu", "mps") else [torch.accelerator.current_device_index()]  # mps has one, unnumbered
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def held_out_loss(
@@ -229,7 +259,7 @@ def _arguments(course: Course) -> TrainingArguments:
         max_steps=course.steps,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=int(settings.warmup * course.steps),
+        warmup_steps=settings.warmup_of(course.steps),
         lr_scheduler_type="linear",
         optim="adamw_torch",
         max_grad_norm=MAX_GRADIENT_NORM,

@@ -28,7 +28,7 @@ def train_probe(
     samples = draw(found.examples, settings)
     start = open_start(base)
     check_target(target, [data, start.path])
-    check_extra()
+    check_extra(settings)
     content = content_hash(start)
     job = Job(
         kind="probe",

@@ -29,16 +29,17 @@ from ..staging import Staging, Target, Work, staged_bytes, staged_directory
 from .callback import FrozenCoresCallback
 from .frozen import FrozenCores
 from .job import Job, Observer, Outline, StageOutline, library_versions
-from .loop import Course, held_out_loss, place, train_stage
+from .loop import Course, device, enough_memory, held_out_loss, own_random_numbers, place, train_stage
 from .output import read_record, write_output
 from .sampling import ordered
 from .tokens import Encoded, encode_all
 from .training_log import LOG, TrainingLog
-from .weights import load, load_tokenizer, restore, save
+from .weights import load, load_config, load_tokenizer, restore, save
 
 __all__ = ["run"]
 
 CHECKPOINT_BYTES = 12  # of an element: itself in float32, and AdamW's two moments
+STAGE_BYTES = 4  # of an element after a stage: itself in float32
 
 
 class _Point(BaseModel):
@@ -69,15 +70,24 @@ def run(job: Job, target: Target, observer: Observer) -> dict[str, Any]:
     """
     encoded = _encode(job, load_tokenizer(job.start), observer)
     elements = sum(tensor.elements for tensor in job.start.tensors.values())
-    needed = 2 * CHECKPOINT_BYTES * elements + job.start.nbytes  # an old checkpoint goes when the new one is there
-    check_disk(needed - staged_bytes(target.directory), target.directory)
-    parts = {**job.parts, **library_versions()}
+    check_disk(_most_bytes(job) * elements - staged_bytes(target.directory), target.directory)
+    parts = {**job.parts, **library_versions(), "the device": device().type}
     work = Work(job.kind, xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode()), parts)
     with staged_directory(target, job.inputs, work) as staging:
         if staging.is_published:
             return read_record(target.directory)
-        with closing(_Run(job, encoded, staging, observer)) as running:
+        with (
+            closing(_Run(job, encoded, staging, observer)) as running,
+            enough_memory(elements),
+            own_random_numbers(),
+        ):
             return running.finish(target.shard_bytes)
+
+
+def _most_bytes(job: Job) -> int:
+    """The most that lies on the disk of an element; the output comes when the checkpoints are gone."""
+    after = STAGE_BYTES if len(job.stages) > 1 else 0
+    return after + 2 * CHECKPOINT_BYTES  # an old checkpoint goes when the new one is there
 
 
 def _encode(job: Job, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> _Encoded:
@@ -91,7 +101,8 @@ def _encode(job: Job, tokenizer: PreTrainedTokenizerBase, observer: Observer) ->
     for stage in job.stages:
         examples = sum(sizes[task] for task in stage)
         stages.append(StageOutline(tuple(stage), examples, job.settings.steps_of(examples)))
-    observer.announce(Outline(tuple(stages), min(sizes.values()), job.settings.holdout, cut, job.notes))
+    notes = (*job.notes, *_repeated(job))
+    observer.announce(Outline(tuple(stages), min(sizes.values()), job.settings.holdout, cut, notes))
     padding = next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return _Encoded(
         {task: encoded[task][: sizes[task]] for task in job.tasks},
@@ -100,10 +111,18 @@ def _encode(job: Job, tokenizer: PreTrainedTokenizerBase, observer: Observer) ->
     )
 
 
+def _repeated(job: Job) -> Iterator[str]:
+    """A note for each task of which examples are not trained on, since they are held out."""
+    for task, sample in job.samples.items():
+        if count := sample.left_out:
+            are = "examples are" if count > 1 else "example is"
+            yield f"task {task!r}: {count:,} {are} the same as some held out, and left out"
+
+
 def _check_positions(job: Job, longest: int) -> None:
     """Raise DataError where the model has no positions for its longest example."""
-    positions = job.start.config.get("max_position_embeddings")
-    if isinstance(positions, int) and longest > positions:
+    positions = getattr(load_config(job.start), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
         raise DataError(
             f"{job.start.path}: takes {positions} tokens at most, and an example has {longest}. "
             f"Give --max-length {positions}, with --truncate to cut the longer ones"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ..card import model_name
-from ..checkpoint import Checkpoint, read_json_object
+from ..checkpoint import Checkpoint, Handles, read_json_object
 from ..companions import MANIFEST
 from ..errors import CheckpointError, IncompatibleError, PlanError
 from ..plan_file import Plan, plan_hash
@@ -20,6 +23,7 @@ from .settings import Settings
 
 __all__ = ["Begin", "train_stages"]
 
+OPEN_FILES = 8
 Begin = Reference | None  # the model to train; None: the plan's base
 
 
@@ -39,8 +43,10 @@ def train_stages(
     samples = draw(found.examples, settings)
     start = _start(plan, plan_dir, begin)
     check_target(target, [*inputs, start.path])
-    check_extra()
+    check_extra(settings)
     _check_cores(plan, plan_dir)
+    if begin is None:
+        _check_values(plan, start)
     content, planned = content_hash(start), plan_hash(plan_dir)
     origin = {"model": model_name(str(start.path)), "is_base": begin is None, "content_xxh3": content}
     job = Job(
@@ -71,6 +77,11 @@ def _start(plan: Plan, plan_dir: Path, begin: Begin) -> Checkpoint:
     base = next(entry for entry in plan.inputs if entry.name == "base")
     if begin is None and base.adapter is not None:
         raise PlanError(f"{plan_dir}: its base is an adapter on a model, which cannot be trained. Give another --model")
+    if begin is None and plan.vocabulary is not None and plan.vocabulary.joined:
+        raise PlanError(
+            f"{plan_dir}: `vocabulary: union` joined tokens that its base does not have. Give the model that was fused "
+            "from it as --model"
+        )
     start = open_start(base.reference if begin is None else begin)
     problems = list(_differences(plan, start))
     if begin is None:
@@ -103,6 +114,27 @@ def _check_cores(plan: Plan, plan_dir: Path) -> None:
     count = chunks_of(plan)
     for task in plan.tasks:
         CoreReader(plan_dir / task.core_file, task.core_xxh3, count).close()
+
+
+def _check_values(plan: Plan, base: Checkpoint) -> None:
+    """Raise PlanError where the base is not what was planned, as `fuse` does: at the first tensor that is not."""
+    from ..findings import content_hash  # with numba, which a mistake in the data need not wait for
+    from ..stream import chunks
+
+    with closing(Handles(OPEN_FILES)) as handles:
+        for planned in plan.tensors:
+            tensor, digests = base.tensors[planned.name], []
+            for chunk in chunks(tensor.shape, plan.settings.granularity):
+                raw = bytearray(chunk.size * tensor.item_bytes)
+                tensor.read_into(memoryview(raw), chunk.start * tensor.item_bytes, handles)
+                digests.append(xxhash.xxh3_64_intdigest(raw))
+            if content_hash(digests) != planned.xxh3["base"]:
+                raise PlanError(
+                    [
+                        f"{base.where}: tensor {planned.name!r}: changed since planned",
+                        "The inputs are not those that were planned: run `cpimerge plan` again",
+                    ]
+                )
 
 
 def _notes(start: Checkpoint, plan_dir: Path, planned: str) -> Iterator[str]:

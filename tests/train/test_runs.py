@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,20 +17,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from checkpoints import write_recipe
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trees import files
-from worlds import SMALL, TASKS, lines, write_base, write_data, write_lines, write_world
+from worlds import SMALL, TASKS, WORDS, lines, tokenizer, write_base, write_data, write_lines, write_world
 
-from cpimerge import CheckpointError, DataError, IncompatibleError, OutputError, PlanError, ResourceError, api
+from cpimerge import (
+    CheckpointError,
+    DataError,
+    IncompatibleError,
+    OutputError,
+    PlanError,
+    ResourceError,
+    analysis,
+    api,
+    passes,
+    stream,
+)
 from cpimerge.cores import CoreReader
 from cpimerge.plan_arrays import chunks_of
 from cpimerge.plan_file import Plan
 from cpimerge.stream import chunks
-from cpimerge.train import Settings, loop, probe, runs, sft
+from cpimerge.train import Settings, loop, output, probe, runs, sft
 from cpimerge.train import weights as weights_module
+from cpimerge.train.examples import read_data
 from cpimerge.train.output import RECORD
+from cpimerge.train.sampling import draw
 from cpimerge.train.training_log import LOG
 
 Tensors = Mapping[str, torch.Tensor]
@@ -117,7 +133,7 @@ def test_stages_come_in_the_plans_order_with_as_many_examples_of_each_task(train
     assert record["samples"] == dict.fromkeys(TASKS, 6)
     assert [(stage["tasks"], stage["steps"]) for stage in record["stages"]] == [(["math"], 3), (["code", "chat"], 6)]
     assert [line["learning_rate"] for line in steps if line["stage"] == 2] == pytest.approx(
-        [0.01 * (6 - step) / 6 for step in range(6)]
+        [0, *(0.01 * (6 - step) / 5 for step in range(1, 6))]
     )
 
 
@@ -203,7 +219,7 @@ def test_a_stage_is_a_plain_loop_of_adamw(tmp_path: Path, weight_decay: float) -
         batch_size=2,
         gradient_accumulation=2,
         learning_rate=1e-2,
-        warmup=0.5,
+        warmup=0.3,  # of 4 steps: 2, rounded up
         weight_decay=weight_decay,
     )
     write_data(tmp_path / "data.jsonl", {"code": 7})
@@ -258,8 +274,6 @@ def _by_hand(base: Path, batches: Any, weight_decay: float) -> Tensors:
 
 def test_the_losses_are_those_of_transformers(world: Path, trained: Path) -> None:
     """The first step's of a stage, and those on held-out examples, before anything is trained."""
-    from cpimerge.train.examples import read_data
-    from cpimerge.train.sampling import draw
     from cpimerge.train.tokens import encode
 
     model = AutoModelForCausalLM.from_pretrained(world / "fused", dtype=torch.float32)
@@ -275,6 +289,22 @@ def test_the_losses_are_those_of_transformers(world: Path, trained: Path) -> Non
                 total += asked * float(model(torch.tensor([ids]), labels=torch.tensor([labels])).loss)
             count += asked
         assert before[task] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_examples_like_those_held_out_are_not_trained_on(world: Path, tmp_path: Path) -> None:
+    """Nor where another task has them; the screen is told."""
+    found = [line for task in TASKS for line in lines(task, 10)]
+    shared = [{**line, "task": "math"} for line in lines("code", 10)]
+    data = write_lines(tmp_path / "data.jsonl", [*found, *lines("code", 10), *shared])
+    outlines: list[Any] = []
+    settings = replace(SMALL, steps=1)
+    train(world, tmp_path / "out", data=data, settings=settings, announce=outlines.append)
+    drawn = draw(read_data(data, TASKS).examples, settings)
+    assert (drawn["math"].left_out, drawn["code"].left_out, drawn["chat"].left_out) == (1, 4, 0)
+    assert outlines[0].notes == (
+        "task 'math': 1 example is the same as some held out, and left out",
+        "task 'code': 4 examples are the same as some held out, and left out",
+    )
 
 
 def test_nothing_held_out(world: Path, tmp_path: Path) -> None:
@@ -302,8 +332,6 @@ def test_tied_heads_stay_tied(tmp_path: Path) -> None:
 def test_what_the_model_does_not_hold_is_copied(tmp_path: Path) -> None:
     """A tensor that transformers passes over comes out as it was, and several files go in and out."""
     base = write_base(tmp_path / "base")
-    from safetensors.torch import save_file
-
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "counts": torch.arange(5)}
     save_file(weights(base) | extra, base / "model.safetensors", {"format": "pt"})
     write_data(tmp_path / "data.jsonl", {"code": 10})
@@ -446,13 +474,24 @@ def test_a_last_step_that_diverges(world: Path, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_a_device_without_the_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(loop, "_token_losses"), (runs, "place"), (runs, "held_out_loss"), (loop._StageTrainer, "compute_loss")],
+)
+@pytest.mark.parametrize("holdout", [0, 2])
+def test_a_device_without_the_memory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, holdout: int
+) -> None:
+    """Wherever it ends: as the model goes there, looking at what is held out, or in a step."""
+
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "_token_losses", refuse)
-    with pytest.raises(ResourceError, match=r"stage 1: the memory of cpu does not suffice. Lower --batch-size"):
-        train(world, tmp_path / "out", settings=replace(SMALL, holdout=0))
+    if (name, holdout) == ("held_out_loss", 0):
+        return  # is not called
+    monkeypatch.setattr(place, name, refuse)
+    with pytest.raises(ResourceError, match=r"the memory of cpu does not suffice.* Lower --batch-size"):
+        train(world, tmp_path / "out", settings=replace(SMALL, holdout=holdout))
 
 
 def test_a_run_of_other_libraries_does_not_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +500,48 @@ def test_a_run_of_other_libraries_does_not_go_on(world: Path, tmp_path: Path, mo
     monkeypatch.setattr(runs, "library_versions", lambda: {"torch": "1.0", "transformers": "5", "accelerate": "1"})
     with pytest.raises(OutputError, match=r"another sft: torch and 2 more changed since"):
         train(world, tmp_path / "out")
+
+
+def test_a_run_of_another_device_does_not_go_on(
+    world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "out", progress=_stops(2, 3))
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "device", lambda: torch.device("meta"))
+        with pytest.raises(OutputError, match=r"another sft: the device changed since"):
+            train(world, tmp_path / "out")
+    train(world, tmp_path / "out")
+    assert files(tmp_path / "out") == files(trained)
+
+
+def test_the_disk_that_a_run_takes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asks for beforehand is what lies there of tensors at its height."""
+    elements = sum(tensor.numel() for tensor in weights(world / "fused").values())
+    asked: list[int] = []
+    found: list[int] = []
+
+    def look(*_: object) -> None:
+        values = [value for file in tmp_path.glob(".*/**/*.safetensors") for value in load_file(file).values()]
+        for file in tmp_path.glob(".*/**/optimizer.pt"):
+            for moments in torch.load(file)["state"].values():
+                values += [moments["exp_avg"], moments["exp_avg_sq"]]
+        found.append(sum(value.nbytes for value in values))
+
+    def write(*given: Any) -> Any:
+        record = output.write_output(*given)
+        look()
+        return record
+
+    monkeypatch.setattr(runs, "check_disk", lambda needed, _: asked.append(needed))
+    monkeypatch.setattr(runs, "flush", look)
+    monkeypatch.setattr(runs, "write_output", write)
+    train(world, tmp_path / "out")
+    assert asked == [max(found)] == [28 * elements]
+    asked.clear()
+    found.clear()
+    probe(world / "base", "code", world / "data.jsonl", tmp_path / "expert", settings=replace(SMALL, epochs=3))
+    assert asked == [max(found)] == [24 * elements]
 
 
 def test_an_output_that_is_there_stays(world: Path, tmp_path: Path) -> None:
@@ -504,6 +585,65 @@ def test_a_base_that_changed_since(tmp_path: Path) -> None:
         train(world, tmp_path / "out", model=None)
 
 
+def test_a_base_whose_values_changed_since(tmp_path: Path) -> None:
+    """Under the same headers: `fuse` refuses it, too, and in the same words."""
+    world = write_world(tmp_path)
+    planned = weights(world / "base")
+    middle = "model.layers.1.mlp.up_proj.weight"
+    for names in (list(planned), [middle]):
+        save_file(
+            {name: value * 1.5 if name in names else value for name, value in planned.items()},
+            world / "base" / "model.safetensors",
+            {"format": "pt"},
+        )
+        told: list[object] = []
+        with pytest.raises(PlanError) as raised:
+            train(world, tmp_path / "out", model=None, announce=told.append)
+        assert not told
+        with pytest.raises(PlanError) as refused:
+            api.fuse(world / "plan", tmp_path / "refused")
+        assert raised.value.problems == refused.value.problems
+        assert f"tensor {names[0]!r}: changed since planned" in str(raised.value) or len(names) > 1
+    save_file(planned, world / "base" / "model.safetensors", {"format": "pt"})
+    train(world, tmp_path / "out", model=None, settings=replace(SMALL, steps=1))
+
+
+def test_a_base_that_lacks_tokens_of_its_plan(tmp_path: Path) -> None:
+    """In rows that it has to spare, so that shapes are the same."""
+    world = write_world(tmp_path)
+    file = world / "base" / "tokenizer.json"
+    file.write_text(re.sub(r',\s*"<system>": 50', "", file.read_text(encoding="utf-8")), encoding="utf-8")
+    more = AutoTokenizer.from_pretrained(world / "base")
+    more.save_pretrained(world / "code")
+    more.save_pretrained(world / "chat")
+    assert more.add_tokens(["<more>"]) == 1
+    more.save_pretrained(world / "math")
+    recipe = write_recipe(
+        tmp_path / "union.yml",
+        base_model=world / "base",
+        models=[{"model": world / task} for task in TASKS],
+        parameters={"density": 0.1},
+        vocabulary="union",
+    )
+    plan = api.plan(recipe, tmp_path / "union")
+    assert plan.vocabulary is not None
+    assert plan.vocabulary.rows == plan.vocabulary.base_rows
+    with pytest.raises(PlanError, match="`vocabulary: union` joined tokens that its base does not have"):
+        train(world, tmp_path / "out", plan=tmp_path / "union", model=None)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_base_is_compared_in_the_plans_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+) -> None:
+    """Of which a tensor has several, divided differently by rows and over tensors."""
+    for module in (stream, analysis, passes):
+        monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 3)
+    world = write_world(tmp_path, granularity=granularity)
+    train(world, tmp_path / "out", model=None, settings=replace(SMALL, steps=1))
+
+
 def test_a_model_that_was_fused_from_another_plan_is_noted(world: Path, tmp_path: Path) -> None:
     other = write_world(tmp_path, stages=[["code"], ["math"], ["chat"]])
     outlines: list[Any] = []
@@ -521,8 +661,8 @@ def test_a_model_that_was_fused_from_another_plan_is_noted(world: Path, tmp_path
 
 
 def test_examples_that_the_model_cannot_take(world: Path, tmp_path: Path) -> None:
-    long = {"task": "math", "prompt": "w1 " * 70, "completion": "w2"}
-    data = write_lines(tmp_path / "data.jsonl", [long] * 8 + [line for task in TASKS[1:] for line in lines(task, 8)])
+    long = [{"task": "math", "prompt": f"w{number} " * 70, "completion": "w2"} for number in range(8)]
+    data = write_lines(tmp_path / "data.jsonl", long + [line for task in TASKS[1:] for line in lines(task, 8)])
     with pytest.raises(DataError, match=r"data.jsonl:\d: has 73 tokens, more than --max-length 32"):
         train(world, tmp_path / "out", data=data)
     with pytest.raises(DataError, match=r"takes 64 tokens at most, and an example has 73. Give --max-length 64"):
@@ -531,6 +671,20 @@ def test_examples_that_the_model_cannot_take(world: Path, tmp_path: Path) -> Non
     settings = replace(SMALL, max_length=40, truncate=True, steps=1)
     train(world, tmp_path / "out", data=data, settings=settings, announce=outlines.append)
     assert outlines[0].cut == {"math": 8}
+
+
+def test_positions_of_another_name(tmp_path: Path) -> None:
+    """GPT-2's `n_positions`."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS) + 3, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    example = {"prompt": "w1 " * 20, "completion": "w2"}
+    write_lines(tmp_path / "data.jsonl", [{**example, "prompt": f"w{number} " * 20} for number in range(10)])
+    with pytest.raises(DataError, match=r"takes 16 tokens at most, and an example has 23. Give --max-length 16"):
+        probe(tmp_path / "base", "code", tmp_path / "data.jsonl", tmp_path / "out", settings=SMALL)
+    settings = replace(SMALL, max_length=16, truncate=True, steps=1)
+    probe(tmp_path / "base", "code", tmp_path / "data.jsonl", tmp_path / "out", settings=settings)
 
 
 def test_a_base_without_a_tokenizer(tmp_path: Path) -> None:
@@ -554,8 +708,6 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 def test_a_model_that_is_held_in_another_form(tmp_path: Path) -> None:
     """A parameter that no tensor of the files is would be trained, and lost."""
     base = write_base(tmp_path / "base")
-    from safetensors.torch import save_file
-
     renamed = {name.replace("norm.weight", "norm.gamma"): value for name, value in weights(base).items()}
     save_file(renamed, base / "model.safetensors", {"format": "pt"})
     write_data(tmp_path / "data.jsonl", {"code": 10})
@@ -578,12 +730,78 @@ def test_one_process_alone(world: Path, tmp_path: Path, monkeypatch: pytest.Monk
         train(world, tmp_path / "out")
 
 
+def test_variables_that_would_change_what_is_computed(
+    world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run goes on that began without them."""
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "out", progress=_stops(2, 3))
+    for name, value in (
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER"),
+        ("ACCELERATE_USE_DEEPSPEED", "True"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "yes"),
+        ("ACCELERATE_USE_CPU", "1"),
+        ("ACCELERATE_TORCH_DEVICE", "meta"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            with pytest.raises(ResourceError, match=rf"^{name}={value}: would change what is computed.* Unset it"):
+                train(world, tmp_path / "out")
+            with pytest.raises(ResourceError, match=name):
+                probe(world / "base", "math", world / "data.jsonl", tmp_path / "expert", settings=SMALL)
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")  # what `accelerate launch` says where there is nothing to say
+    for name in ("USE_CPU", "USE_FSDP", "USE_DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "False")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # which the Trainer sees to itself
+    train(world, tmp_path / "out")
+    assert files(tmp_path / "out") == files(trained)
+
+
+@pytest.mark.parametrize("value", ["bf16", "no"])
+def test_variables_that_say_what_the_settings_say(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    settings = replace(SMALL, bf16=True)
+    train(world, tmp_path / "out", settings=settings)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+    train(world, tmp_path / "again", settings=settings)
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ResourceError, match="ACCELERATE_MIXED_PRECISION=fp16"):
+        train(world, tmp_path / "other", settings=settings)
+
+
+def test_the_callers_random_numbers_go_on(world: Path, tmp_path: Path) -> None:
+    """As if nothing had been trained, also after one that fails."""
+
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seed() -> None:
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    seed()
+    expected = drawn()
+    seed()
+    train(world, tmp_path / "out", settings=replace(SMALL, steps=1))
+    assert drawn() == expected
+    seed()
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "cut", progress=_stops(1, 1))
+    assert drawn() == expected
+
+
 # --- probe ------------------------------------------------------------------------------------------
 
 
 def test_a_probe_is_an_expert_that_plan_takes(world: Path, tmp_path: Path) -> None:
-    from checkpoints import write_recipe
-
     for task in ("code", "chat"):
         record = probe(world / "base", task, world / "data.jsonl", tmp_path / task, settings=SMALL)
         assert record["kind"] == "probe"
@@ -606,13 +824,20 @@ def test_a_probe_is_an_expert_that_plan_takes(world: Path, tmp_path: Path) -> No
 
 def test_a_probe_learns(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    example = {"prompt": "w1 w2 ", "completion": "w3 w4"}
-    write_lines(tmp_path / "data.jsonl", [example] * 4)
-    settings = Settings(samples=2, holdout=2, batch_size=2, steps=40, learning_rate=1e-2)
+    write_lines(tmp_path / "data.jsonl", [{"prompt": f"w{n} w{n} ", "completion": "w30 w31"} for n in range(10)])
+    settings = Settings(samples=8, holdout=2, batch_size=8, steps=60, learning_rate=1e-2)
     record = probe(base, "any", tmp_path / "data.jsonl", tmp_path / "out", settings=settings)
     assert record["held_out_before"]["any"] > 3
     assert record["stages"][0]["held_out"]["any"] < 0.5
     assert record["stages"][0]["loss"]["any"]["last"] < 0.5 < record["stages"][0]["loss"]["any"]["first"]
+
+
+def test_a_stage_of_one_step_is_trained(world: Path, tmp_path: Path) -> None:
+    """The rate rises from 0 in the first of several."""
+    for steps, rates in ((1, [0.01]), (2, [0, 0.01]), (3, [0, 0.01, 0.005])):
+        out = tmp_path / str(steps)
+        probe(world / "base", "math", world / "data.jsonl", out, settings=replace(SMALL, steps=steps))
+        assert [line["learning_rate"] for line in logged(out) if "step" in line] == pytest.approx(rates)
 
 
 def test_the_loop_is_told_of_every_step(world: Path, tmp_path: Path) -> None:

@@ -82,7 +82,13 @@ def write_expert(base: Path, directory: Path, seed: int) -> Path:
     return directory
 
 
-def write_world(root: Path, *, stages: Sequence[Sequence[str]] = (("math",), ("code", "chat")), **base: Any) -> Path:
+def write_world(
+    root: Path,
+    *,
+    stages: Sequence[Sequence[str]] = (("math",), ("code", "chat")),
+    granularity: str = "tensor",
+    **base: Any,
+) -> Path:
     """`base`, an expert for each of TASKS, `plan`, `fused` and `data.jsonl`, all below `root`."""
     write_base(root / "base", **base)
     for number, task in enumerate(TASKS, 1):
@@ -91,7 +97,7 @@ def write_world(root: Path, *, stages: Sequence[Sequence[str]] = (("math",), ("c
         root / "recipe.yml",
         base_model=root / "base",
         models=[{"model": root / task, "name": task} for task in TASKS],
-        parameters={"density": 0.1, "stages": [list(stage) for stage in stages]},
+        parameters={"density": 0.1, "granularity": granularity, "stages": [list(stage) for stage in stages]},
     )
     api.plan(recipe, root / "plan")
     api.fuse(root / "plan", root / "fused")
