@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -11,8 +12,8 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpimerge.agreement import agreements, clusters
-from cpimerge.verify_fold import Overlaps, _standing_out
+from cpimerge.agreement import agreements, by_chance, clusters
+from cpimerge.verify_fold import Overlaps, _standing_out, expected_of
 
 
 def matrix(tasks: int, values: dict[tuple[int, int], float], rest: float = 0.1) -> np.ndarray:
@@ -22,25 +23,65 @@ def matrix(tasks: int, values: dict[tuple[int, int], float], rest: float = 0.1) 
     return found
 
 
-def of_two(compared: int, aligned: int) -> float:
-    both = agreements(*(np.array([[count, count], [count, count]]) for count in (compared, aligned)))
+def of_two(compared: int, aligned: int, expected: float) -> float:
+    both = agreements(*(np.array([[count, count], [count, count]]) for count in (compared, aligned, float(expected))))
     return float(both[0, 1])
 
 
 @pytest.mark.parametrize(
-    ("compared", "aligned", "expected"),
+    ("compared", "aligned", "expected", "wanted"),
     [
-        (10_000, 9_000, 0.8 - 0.03),
-        (10_000, 5_000, 0.1),  # chance
-        (10_000, 1_000, 0.1),  # against each other
-        (100, 100, 0.7),
-        (9, 9, 0.1),  # too few to say
-        (0, 0, 0.1),
-        (4 * 10**16, 4 * 10**16, 1 - 1.5e-8),
+        (10_000, 9_000, 5_000, 0.8 - 0.03),
+        (10_000, 5_000, 5_000, 0.1),
+        (10_000, 1_000, 5_000, 0.1),  # against each other
+        (100, 100, 50, 0.7),
+        (9, 9, 4.5, 0.1),  # too few to say
+        (0, 0, 0, 0.1),
+        (4 * 10**16, 4 * 10**16, 2 * 10**16, 1 - 1.5e-8),
+        (10_000, 9_500, 9_000, 0.5 - 0.09),  # deviation: √(9000 · 1000 / 10000) of 1000
+        (10_000, 9_010, 9_000, 0.1),
+        (10_000, 10_000, 10_000, 0.1),  # all moved one way
+        (10_000, 10_000, 0, 1),  # by chance, none would agree
+        (10_000, 9_999, 10_000.000_000_1, 0.1),  # a rounding
     ],
 )
-def test_agreement_of_two(compared: int, aligned: int, expected: float) -> None:
-    assert of_two(compared, aligned) == pytest.approx(expected, rel=1e-12)
+def test_agreement_of_two(compared: int, aligned: int, expected: float, wanted: float) -> None:
+    assert of_two(compared, aligned, expected) == pytest.approx(wanted, rel=1e-12)
+
+
+@given(st.integers(1, 10**12), st.fractions(0, 1))
+def test_where_chance_is_a_half_it_is_the_share_beyond_it(compared: int, share: Fraction) -> None:
+    """Less three deviations of a coin that is thrown so often."""
+    aligned = int(share * compared)
+    simple = (2 * aligned - compared) / compared - 3 / math.sqrt(compared)
+    assert of_two(compared, aligned, compared / 2) == pytest.approx(max(0.1, simple), rel=1e-9, abs=1e-12)
+
+
+def test_chance_by_hand() -> None:
+    """Of 10 shared elements one task moves 9 inward and the other 8: 0.9 · 0.8 + 0.1 · 0.2 of them agree by chance."""
+    pairs, inwards = np.array([[20, 10], [10, 30]]), np.array([[20, 9], [8, 0]])
+    assert by_chance(pairs, inwards).tolist() == [[20, pytest.approx(7.4)], [pytest.approx(7.4), 30]]
+    assert by_chance(np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64)).tolist() == [[0, 0], [0, 0]]
+
+
+@given(st.integers(0, 5), st.integers(1, 4), st.data())
+def test_verify_adds_up_the_same_chance(tensors: int, tasks: int, data: st.DataObject) -> None:
+    pairs, inwards = [], []
+    for _ in range(tensors):
+        drawn = data.draw(st.lists(st.integers(0, 10**9), min_size=tasks * tasks, max_size=tasks * tasks))
+        both = np.array(drawn, np.int64).reshape(tasks, tasks)
+        both = np.maximum(both, both.T)
+        pairs.append(both)
+        shares = data.draw(st.lists(st.fractions(0, 1), min_size=tasks * tasks, max_size=tasks * tasks))
+        inwards.append(np.array([int(n * q) for n, q in zip(both.flat, shares, strict=True)]).reshape(tasks, tasks))
+    found = sum(map(by_chance, pairs, inwards), np.zeros((tasks, tasks)))
+    for a in range(tasks):
+        for b in range(tasks):
+            exact = Fraction(0)
+            for n, x, y in ((int(p[a, b]), int(i[a, b]), int(i[b, a])) for p, i in zip(pairs, inwards, strict=True)):
+                exact += Fraction(x * y + (n - x) * (n - y), max(n, 1))
+            assert found[a, b] == pytest.approx(float(exact), rel=1e-12)
+            assert expected_of(pairs, inwards, tasks)[a, b] == pytest.approx(float(exact), rel=1e-10)
 
 
 def test_one_task() -> None:
@@ -75,28 +116,29 @@ def test_groups_are_in_order_of_their_first_tasks() -> None:
     assert clusters(matrix(5, {(4, 1): 0.9, (0, 3): 0.8})) == [[0, 3], [1, 4], [2]]
 
 
-counts = st.integers(0, 60).flatmap(lambda both: st.tuples(st.just(both), st.integers(0, both)))
-scaled = st.tuples(counts, st.sampled_from([1, 10, 1000])).map(lambda it: (it[0][0] * it[1], it[0][1] * it[1]))
+counts = st.integers(0, 60).flatmap(lambda n: st.tuples(st.just(n), *[st.integers(0, n)] * 2))
+scaled = st.tuples(counts, st.sampled_from([1, 10, 1000])).map(lambda it: tuple(count * it[1] for count in it[0]))
 
 
 @given(st.integers(1, 7), st.data())
 def test_groups_are_the_references_and_verifys(tasks: int, data: st.DataObject) -> None:
     """Many counts are drawn from few, so that equal agreements are frequent."""
-    compared, aligned = (np.zeros((tasks, tasks), np.int64) for _ in range(2))
+    compared, aligned, expected = (np.zeros((tasks, tasks), np.int64) for _ in range(3))
     few = data.draw(st.lists(scaled, min_size=1, max_size=3))
     for a, b in combinations(range(tasks), 2):
-        both, same = data.draw(st.one_of(st.sampled_from(few), scaled))
+        both, same, chance = data.draw(st.one_of(st.sampled_from(few), scaled))
         compared[a, b] = compared[b, a] = both
         aligned[a, b] = aligned[b, a] = same
+        expected[a, b] = expected[b, a] = chance
     names = [f"t{number}" for number in range(tasks)]
     agree = {
-        (names[a], names[b]): reference.agreement(int(compared[a, b]), int(aligned[a, b]))
+        (names[a], names[b]): reference.agreement(int(compared[a, b]), int(aligned[a, b]), float(expected[a, b]))
         for a in range(tasks)
         for b in range(tasks)
     }
-    found = clusters(agreements(compared, aligned))
+    found = clusters(agreements(compared, aligned, expected.astype(np.float64)))
     assert [[names[task] for task in group] for group in found] == reference.clusters(names, agree)
-    firsts = _standing_out(Overlaps(compared, compared, aligned))
+    firsts = _standing_out(Overlaps(compared, compared, aligned, expected.astype(np.float64)))
     assert sorted(found) == [[t for t in range(tasks) if firsts[t] == first] for first in sorted({*firsts})]
 
 
@@ -118,5 +160,5 @@ def test_hundreds_of_tasks_are_quick() -> None:
 
 def test_the_floor_is_a_tenth() -> None:
     """The one number of the rule, which docs/grouping.md explains: half of a group of two starts at its root."""
-    assert of_two(10**9, 10**9 // 2) == 0.1
+    assert of_two(10**9, 10**9 // 2, 10**9 / 2) == 0.1
     assert math.sqrt(0.1) == pytest.approx(0.316, abs=1e-3)
