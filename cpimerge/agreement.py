@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 __all__ = ["Shares", "agreements", "by_chance", "clusters"]
 
-FLOOR = 0.1  # unrelated tasks reach it: what agrees less is not told from what does not agree
+FLOOR = 0.2  # unrelated tasks reach it: what agrees less is not told from what does not agree
 DEVIATIONS = 3  # of chance: two tasks that share few elements may agree by accident
 
 Counts = npt.NDArray[np.int64]

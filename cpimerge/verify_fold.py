@@ -23,7 +23,7 @@ TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding de
 EPSILON = 5e-4
 BORDER = 1e-9  # of a cosine: so near to the border of slerp and lerp, either is right
 CLOSE_DEGREES = 0.01
-LEAST = 0.1  # agreement that is told from none
+LEAST = 0.2  # agreement that is told from none
 CHANCE = 3  # deviations that two tasks may agree by accident
 CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
 

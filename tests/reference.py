@@ -281,12 +281,12 @@ def directions(
 
 
 def agreement(compared: int, aligned: int, expected: float) -> float:
-    """How far two tasks agree on the direction, from 0.1 (not told from not at all) to 1: kappa less 3 deviations."""
+    """How far two tasks agree on the direction, from 0.2 (not told from not at all) to 1: kappa less 3 deviations."""
     if compared <= expected:
-        return 0.1
+        return 0.2
     room = compared - expected
     deviation = math.sqrt(expected * room / compared)
-    return min(1.0, max(0.1, (aligned - expected) / room - 3 * (deviation / room)))
+    return min(1.0, max(0.2, (aligned - expected) / room - 3 * (deviation / room)))
 
 
 def clusters(tasks: Sequence[str], agree: Mapping[tuple[str, str], float]) -> list[list[str]]:
@@ -304,7 +304,7 @@ def clusters(tasks: Sequence[str], agree: Mapping[tuple[str, str], float]) -> li
         rest = [found[k] for k in range(len(found)) if k not in (i, j)]
         levels.append(sorted([joined, *rest], key=lambda group: tasks.index(group[0])))
         heights.append(near[i, j])
-    heights.append(0.1)
+    heights.append(0.2)
     falls = [heights[k] / heights[k + 1] for k in range(len(levels))]
     return levels[falls.index(max(falls))]
 

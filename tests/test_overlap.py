@@ -69,7 +69,7 @@ def recipe(parameters: str, tasks: str = "abcde") -> Recipe:
 )
 def test_stages(parameters: str, wanted: list[list[str]]) -> None:
     found = counts(11, {(0, 3): 2, (3, 4): 2}, 5)
-    similarity = np.full((5, 5), 0.1)
+    similarity = np.full((5, 5), 0.2)
     similarity[1, 2] = similarity[2, 1] = 0.9
     assert stages(recipe(parameters), found, similarity) == wanted
 
