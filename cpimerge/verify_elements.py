@@ -92,8 +92,8 @@ class Look:
             dtype == first[1] and np.array_equal(raw, first[0])
             for raw, dtype in zip(piece.stored[1:], piece.dtypes[1:], strict=True)
         )
-        counts = [np.zeros((tasks, tasks), np.int64) for _ in range(3)]
-        self.seen = Seen(same, [], np.zeros((tasks, 3), np.int64), np.zeros((tasks, 2)), *counts)
+        pairs, aligned, inwards = (np.zeros((tasks, tasks), np.int64) for _ in range(3))
+        self.seen = Seen(same, [], np.zeros((tasks, 3), np.int64), np.zeros((tasks, 2)), pairs, aligned, inwards)
         self.found = bits_of(piece.output, piece.dtype)
 
     def copied(self) -> Seen:

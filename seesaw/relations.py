@@ -106,11 +106,13 @@ def measured(those: Sequence[Expert], base: Path) -> dict[str, Any]:
     counted = {(scope, p): planned(those, base, scope, p) for scope in SCOPES for p in DENSITIES}
     cosine = cosines(those, base)
     rows = [row(those, "cosine of the updates", "", "", cosine)]
+    twos = []
     drawn = [row_of_cuts("cosine, best in hindsight", "", "", *best_fixed(those, cosine))]
     for (scope, p), overlaps in counted.items():
         rows.append(row(those, "Jaccard", scope, p, overlaps.jaccard))
         rows.append(row(those, "agreement", scope, p, overlaps.agreement))
         drawn += cuts(those, scope, p, overlaps)
+        twos.append(pairs_grouped(those, scope, p, overlaps))
     for part in ("rows", "tensors"):
         rows.append(row(those, f"Jaccard of {part}", "", "0.1", coarse(those, base, part)))
     return {
@@ -118,6 +120,7 @@ def measured(those: Sequence[Expert], base: Path) -> dict[str, Any]:
         "pairs": Counter(map(str, relations(those).values())),
         "measures": rows,
         "cuts": drawn,
+        "pairs grouped": twos,
     }
 
 
@@ -230,6 +233,14 @@ def cuts(those: Sequence[Expert], scope: str, density: str, overlaps: Overlaps) 
         yield row_of_cuts(name, scope, density, score(those, rule))
     for name, values in (("Jaccard", overlaps.jaccard), ("agreement", np.maximum(overlaps.agreement, FLOOR))):
         yield row_of_cuts(f"{name}, best in hindsight", scope, density, *best_fixed(those, values))
+
+
+def pairs_grouped(those: Sequence[Expert], scope: str, density: str, overlaps: Overlaps) -> dict[str, Any]:
+    """How many of each class `tau: auto` makes one group where the two are all of a recipe."""
+    similarity = agreements(overlaps.compared, overlaps.aligned, overlaps.expected)
+    known = relations(those)
+    joined = Counter(its for pair, its in known.items() if len(clusters(similarity[np.ix_(pair, pair)])) == 1)
+    return {"scope": scope, "density": density, **{name: joined[name] for name in CLASSES if name in known.values()}}
 
 
 def row_of_cuts(rule: str, scope: str, density: str, scores: Sequence[float], threshold: float | None = None) -> Any:
