@@ -1,8 +1,12 @@
 """`tau: auto`: groups of tasks that move what their cores share in the same direction (METHOD §2, docs/grouping.md).
 
 The cores of any two tasks overlap more than by chance, since all of them prefer the same elements. Only tasks that have
-something in common also agree on the direction. So the agreement of signs has a zero point that depends neither on the
-density nor on the scope or the model, which the Jaccard index lacks.
+something in common also agree on the direction. So the agreement of directions has a zero point that depends neither on
+the density nor on the scope or the model, which the Jaccard index lacks.
+
+A direction is inward, towards zero or through it, or outward. Weight decay moves everything inward, in every task. So
+what agrees by chance follows from how much each task moved inward; tensor by tensor, since the experts of a mixture are
+not trained alike.
 """
 
 from __future__ import annotations
@@ -14,24 +18,37 @@ from itertools import combinations, pairwise
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["agreements", "clusters"]
+__all__ = ["Shares", "agreements", "by_chance", "clusters"]
 
-FLOOR = 0.1  # unrelated tasks reach it: what agrees less is not told from what does not agree
+FLOOR = 0.2  # unrelated tasks reach it: what agrees less is not told from what does not agree
 DEVIATIONS = 3  # of chance: two tasks that share few elements may agree by accident
 
 Counts = npt.NDArray[np.int64]
 Shares = npt.NDArray[np.float64]
 
 
-def agreements(compared: Counts, aligned: Counts) -> Shares:
+def by_chance(pairs: Counts, inwards: Counts) -> Shares:
+    """Of one tensor, how many elements any two independent tasks would move in the same direction: float64 [T, T].
+
+    `pairs` int64 [T, T]: elements in the cores of both; `inwards` [T, T]: how many of them the first moved inward.
+    """
+    one, other = inwards.astype(np.float64), inwards.T.astype(np.float64)
+    both: Shares = (one * other + (pairs - one) * (pairs - other)) / np.maximum(pairs, 1)
+    return both
+
+
+def agreements(compared: Counts, aligned: Counts, expected: Shares) -> Shares:
     """How far any two tasks agree beyond chance: float64 [T, T], 1 at most, FLOOR at least.
 
     `compared` int64 [T, T]: elements in the cores of both; `aligned` [T, T]: of these, those that both moved in the
-    same direction. It is the share of these less the share of the others, less what chance may do.
+    same direction; `expected` float64 [T, T]: how many these would be by chance, summed over tensors. It is Cohen's
+    kappa less what chance may do. FLOOR, too, where by chance all would be the same: then it cannot be told.
     """
-    size = np.maximum(compared, 1)
-    beyond: Shares = (2 * aligned - compared) / size - DEVIATIONS / np.sqrt(size)
-    return np.maximum(beyond, FLOOR)
+    told = compared > expected
+    room = np.where(told, compared - expected, 1)
+    deviation = np.sqrt(expected * room / np.maximum(compared, 1))
+    beyond: Shares = (aligned - expected) / room - DEVIATIONS * (deviation / room)
+    return np.clip(np.where(told, beyond, FLOOR), FLOOR, 1)
 
 
 def clusters(similarity: Shares) -> list[list[int]]:

@@ -94,6 +94,7 @@ class Analysis:
         findings = self.journal.findings[result.spec.name]
         findings.pairs += result.pairs
         findings.aligned += result.aligned
+        findings.inwards += result.inwards
         findings.claimed += result.claimed
         findings.sums += result.sums
         self.journal.keep(result)

@@ -32,6 +32,7 @@ class Findings:
     updates: Counts
     pairs: Counts
     aligned: Counts
+    inwards: Counts
     claimed: int
     sums: npt.NDArray[np.float64]
     first_chunk: int = -1
@@ -41,8 +42,8 @@ class Findings:
     def empty(cls, spec: TensorSpec, tasks: int) -> Findings:
         """Nothing found yet."""
         digests = [array("Q") for _ in spec.sources]
-        pairs, aligned = (np.zeros((tasks, tasks), np.int64) for _ in range(2))
-        return cls(True, digests, np.zeros((tasks, 3), np.int64), pairs, aligned, 0, np.zeros((tasks, 2)))
+        pairs, aligned, inwards = (np.zeros((tasks, tasks), np.int64) for _ in range(3))
+        return cls(True, digests, np.zeros((tasks, 3), np.int64), pairs, aligned, inwards, 0, np.zeros((tasks, 2)))
 
     @property
     def hashes(self) -> list[str]:
@@ -88,6 +89,7 @@ def _line(tasks: int) -> np.dtype[np.void]:
             ("updates", "<i8", (tasks, 3)),
             ("pairs", "<i8", (tasks, tasks)),
             ("aligned", "<i8", (tasks, tasks)),
+            ("inwards", "<i8", (tasks, tasks)),
             ("claimed", "<i8"),
             ("sums", "<f8", (tasks, 2)),
             ("first_chunk", "<i8"),

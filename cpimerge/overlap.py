@@ -111,8 +111,9 @@ def _least_apart(pairs: Sequence[Pair]) -> str:
     known = [pair for pair in pairs if pair.compared]
     if not known:
         return "in no layer do the cores of two tasks share an element"
-    nearest = max(known, key=lambda pair: Fraction(pair.aligned, pair.compared))
+    nearest = max(known, key=lambda pair: pair.kappa)
     return (
         f"no tasks stand out; at most, {nearest.a!r} and {nearest.b!r} move {nearest.aligned / nearest.compared:.1%} "
-        f"of {nearest.compared:,} shared elements in the same direction, 50% by chance"
+        f"of {nearest.compared:,} shared elements in the same direction, {nearest.expected / nearest.compared:.1%} by "
+        "chance"
     )

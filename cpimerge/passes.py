@@ -72,6 +72,7 @@ class Settled:
     cores: list[bytes]  # for each task, positions within the chunk as a Roaring bitmap
     pairs: Counts  # [T, T] |Ca ∩ Cb|
     aligned: Counts  # [T, T]: of these, how many moved in the same direction
+    inwards: Counts  # [T, T]: and how many the first of the two moved inward
     claimed: int  # elements in any core
     sums: npt.NDArray[np.float64]  # [T, 2]: Σ m in the core and outside it
     gram: npt.NDArray[np.float64]  # [R, P] of the elements in no core
@@ -227,10 +228,10 @@ class Passes:
         scanning.resolve(
             self._what(spec, chunk), bracket.low, bracket.high, limits, ties, found, self.workers.buffers.scratch
         )
-        pairs, aligned = (np.empty((self.tasks, self.tasks), np.int64) for _ in range(2))
-        claimed = int(bitsets.overlaps(found.bits, found.down, pairs, aligned))
+        pairs, aligned, inwards = (np.empty((self.tasks, self.tasks), np.int64) for _ in range(3))
+        claimed = int(bitsets.overlaps(found.bits, found.inward, pairs, aligned, inwards))
         cores = [self._serialized(bits) for bits in found.bits]
-        return Settled(spec, chunk, cores, pairs, aligned, claimed, found.sums, found.gram)
+        return Settled(spec, chunk, cores, pairs, aligned, inwards, claimed, found.sums, found.gram)
 
     def _serialized(self, bits: npt.NDArray[np.uint64]) -> bytes:
         room = self.workers.buffers.serialized
@@ -245,7 +246,7 @@ def nothing_found(
     members, words = checkpoints - member, -(-chunk.size // WORD)
     return Found(
         bits=np.zeros((tasks, words), np.uint64),
-        down=np.zeros((tasks, words), np.uint64),
+        inward=np.zeros((tasks, words), np.uint64),
         counts=np.zeros((tasks, 5), np.int64),
         peaks=np.zeros(checkpoints - 1, np.uint32),
         sums=np.zeros((tasks, 2)),

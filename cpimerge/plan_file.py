@@ -162,7 +162,7 @@ class Pair(_Model):
     """How far two cores overlap. `layers`: Jaccard index by layer; `lift` is null where chance is 0.
 
     `compared`: elements in both cores, of the tensors in layers (of all where there are no layers); `aligned`: how many
-    of them both tasks moved in the same direction.
+    of them both tasks moved in the same direction; `expected`: how many of them would be so by chance.
     """
 
     a: str
@@ -174,7 +174,14 @@ class Pair(_Model):
     lift: float | None
     compared: Size
     aligned: Size
+    expected: Annotated[float, Field(ge=0)]
     layers: dict[str, float]
+
+    @property
+    def kappa(self) -> float:
+        """Cohen's kappa of the directions: 1 where all are the same, 0 for chance or where it cannot be told."""
+        room = self.compared - self.expected
+        return (self.aligned - self.expected) / room if room > 0 else 0.0
 
 
 class Blend(_Model):

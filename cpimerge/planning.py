@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from . import __version__
-from .agreement import agreements
+from .agreement import Shares, agreements, by_chance
 from .analysis import Analysis
 from .budget import Budget
 from .checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
     hashes = [writer.finish() for writer in files.cores]
     overlaps = _overlaps(inputs, findings)
     pairs = list(_pairs(inputs, findings, overlaps))
-    order = stages(recipe, overlaps.pairs, agreements(overlaps.compared, overlaps.aligned))
+    order = stages(recipe, overlaps.pairs, agreements(overlaps.compared, overlaps.aligned, overlaps.expected))
     backbone = order[-1][-1] if recipe.backbone == "last" else recipe.backbone
     backbone = "backbone" if isinstance(backbone, Reference) else backbone
     members = [backbone, *(task for stage in order for task in stage if task != backbone)]
@@ -146,23 +146,27 @@ def _task(inputs: Inputs, findings: dict[str, Findings], number: int, core_xxh3:
 
 @dataclass(frozen=True)
 class _Overlaps:
-    """Over the model, int64 [T, T] each; see `Pair`."""
+    """Over the model, [T, T] each; see `Pair`."""
 
     pairs: Counts  # |Ca ∩ Cb|
     compared: Counts
     aligned: Counts
+    expected: Shares
 
 
 def _overlaps(inputs: Inputs, findings: dict[str, Findings]) -> _Overlaps:
     floats = [spec for spec in inputs.tensors if spec.is_float]
     in_layers = [spec for spec in floats if spec.layer] or floats
-    pairs, compared, aligned = (np.zeros((len(inputs.recipe.tasks),) * 2, np.int64) for _ in range(3))
+    shape = (len(inputs.recipe.tasks),) * 2
+    pairs, compared, aligned = (np.zeros(shape, np.int64) for _ in range(3))
+    expected = np.zeros(shape)
     for spec in floats:
         pairs += findings[spec.name].pairs
     for spec in in_layers:
         compared += findings[spec.name].pairs
         aligned += findings[spec.name].aligned
-    return _Overlaps(pairs, compared, aligned)
+        expected += by_chance(findings[spec.name].pairs, findings[spec.name].inwards)  # always in this order
+    return _Overlaps(pairs, compared, aligned, expected)
 
 
 def _pairs(inputs: Inputs, findings: dict[str, Findings], overlaps: _Overlaps) -> Iterator[Pair]:
@@ -176,7 +180,7 @@ def _pairs(inputs: Inputs, findings: dict[str, Findings], overlaps: _Overlaps) -
         layers[spec.layer] = layers.get(spec.layer, 0) + findings[spec.name].pairs
     names = [task.name for task in inputs.recipe.tasks]
     for a, b in combinations(range(len(names)), 2):
-        expected = chance([*sizes.values()], [density[a] for density in sizes], [density[b] for density in sizes])
+        independent = chance([*sizes.values()], [density[a] for density in sizes], [density[b] for density in sizes])
         index = jaccard(overlaps.pairs, a, b)
         shared = int(overlaps.pairs[a, b])
         yield Pair(
@@ -185,10 +189,11 @@ def _pairs(inputs: Inputs, findings: dict[str, Findings], overlaps: _Overlaps) -
             shared=shared,
             union=int(overlaps.pairs[a, a] + overlaps.pairs[b, b]) - shared,
             jaccard=float(index),
-            chance=float(expected),
-            lift=float(index / expected) if expected else None,
+            chance=float(independent),
+            lift=float(index / independent) if independent else None,
             compared=int(overlaps.compared[a, b]),
             aligned=int(overlaps.aligned[a, b]),
+            expected=float(overlaps.expected[a, b]),
             layers={layer: float(jaccard(counts, a, b)) for layer, counts in layers.items()},
         )
 

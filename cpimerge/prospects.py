@@ -22,8 +22,8 @@ __all__ = ["UNEQUAL", "prospects", "size", "unequal"]
 
 UNEQUAL = 4.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
 FOREIGN = 0.5  # of the weights' size: fine-tunes move them by 0.0001 to 0.1 of it, another model by 1.4
-DESCENT = 0.999  # of what two cores share, moved in the same direction; two runs of one task reach 0.98
-SHARED = 1000  # elements, for such a share to mean anything
+DESCENT = 0.998  # agreement of directions beyond chance; two runs of one task reach 0.96, of half of it 0.994
+SURE = 400  # elements that chance would move apart, for it to mean anything; half of what is shared, as a rule
 TENSORS = 16  # of the base, of which a sample is taken
 PIECES, PIECE = 16, 256  # the sample of each of them: so many pieces of so many elements, evenly spread
 
@@ -88,11 +88,13 @@ def _is_weighed(plan: Plan, recipe: Recipe) -> bool:
 def _descent(plan: Plan) -> Iterator[str]:
     """Two tasks whose updates have a large part in common."""
     for pair in plan.pairs:
-        if pair.compared >= SHARED and pair.aligned >= DESCENT * pair.compared and not _are_one(plan, pair.a, pair.b):
+        enough = pair.compared - pair.expected >= SURE
+        if enough and pair.kappa >= DESCENT and not _are_one(plan, pair.a, pair.b):
             yield (
                 f"{pair.a!r} and {pair.b!r} move {pair.aligned / pair.compared:.1%} of what their cores share in the "
-                "same direction: one was trained from the other, or both from another model than this base. What they "
-                "have in common counts twice. Take that model as base_model, or leave one of them out"
+                f"same direction, {pair.expected / pair.compared:.1%} by chance, as models do of which one was trained "
+                "from the other, or both from another model than this base: what they have in common would count "
+                "twice. If so, take that model as base_model, or leave one of them out"
             )
 
 

@@ -186,15 +186,18 @@ def _direction_list(plan: Plan) -> Titled:
     """What `tau: auto` goes by."""
     rows, more = _pair_rows(
         plan,
-        lambda pair: pair.aligned / max(1, pair.compared),
-        lambda pair: (f"{pair.compared:,}", share(pair.aligned, pair.compared) if pair.compared else "–"),
+        lambda pair: pair.kappa,
+        lambda pair: (
+            f"{pair.compared:,}",
+            *(share(count, pair.compared) if pair.compared else "–" for count in (pair.aligned, pair.expected)),
+        ),
     )
-    headings = ("#", "tasks", "shared in layers", "same direction")
-    return titled(f"Directions in what cores share: 50% by chance{more}", headings, rows)
+    headings = ("#", "tasks", "shared in layers", "same direction", "by chance")
+    return titled(f"Directions in what cores share{more}", headings, rows)
 
 
 def _pair_rows(
-    plan: Plan, rank: Callable[[Pair], float], cells: Callable[[Pair], tuple[str, str]]
+    plan: Plan, rank: Callable[[Pair], float], cells: Callable[[Pair], tuple[str, ...]]
 ) -> tuple[list[tuple[str, ...]], str]:
     """The pairs of highest rank, and for the title how many they are where they are not all."""
     pairs = sorted(plan.pairs, key=lambda pair: -rank(pair))[:LISTED_PAIRS]
@@ -242,12 +245,14 @@ def _groups(plan: Plan) -> list[list[str]]:
 
     place = {task.name: number for number, task in enumerate(plan.tasks)}
     counts = np.diag([task.core for task in plan.tasks])
-    compared, aligned = np.zeros_like(counts), np.zeros_like(counts)
+    compared, aligned, expected = np.zeros_like(counts), np.zeros_like(counts), np.zeros(counts.shape)
     for pair in plan.pairs:
         both = [place[pair.a], place[pair.b]], [place[pair.b], place[pair.a]]
         counts[both], compared[both], aligned[both] = pair.shared, pair.compared, pair.aligned
+        expected[both] = pair.expected
     tau = plan.settings.tau
-    found = grouped("auto" if tau == "auto" else Fraction(str(tau)), counts, agreements(compared, aligned))
+    similarity = agreements(compared, aligned, expected)
+    found = grouped("auto" if tau == "auto" else Fraction(str(tau)), counts, similarity)
     return [[plan.tasks[task].name for task in group] for group in found]
 
 

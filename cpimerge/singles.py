@@ -122,6 +122,7 @@ def _results(batch: Batch, passes: Passes) -> Results:
         gram=np.zeros((int(batch.grams[-1]), members * (members + 1) // 2)),
         pairs=np.zeros((count, tasks, tasks), np.int64),
         aligned=np.zeros((count, tasks, tasks), np.int64),
+        inwards=np.zeros((count, tasks, tasks), np.int64),
         claimed=np.zeros(count, np.int64),
         lengths=np.zeros((count, tasks), np.int64),
         cores=np.empty(int(batch.cores[-1]), np.uint8),
@@ -143,6 +144,15 @@ def _found(
         results.cores[end - length : end].tobytes()
         for end, length in zip(ends.tolist(), results.lengths[number].tolist(), strict=True)
     ]
-    gram = results.gram[batch.grams[number] : batch.grams[number + 1]]
-    pairs, aligned, claimed = results.pairs[number], results.aligned[number], int(results.claimed[number])
-    return [scanned, Settled(spec, chunk, cores, pairs, aligned, claimed, results.sums[number], gram)]
+    settled = Settled(
+        spec=spec,
+        chunk=chunk,
+        cores=cores,
+        pairs=results.pairs[number],
+        aligned=results.aligned[number],
+        inwards=results.inwards[number],
+        claimed=int(results.claimed[number]),
+        sums=results.sums[number],
+        gram=results.gram[batch.grams[number] : batch.grams[number + 1]],
+    )
+    return [scanned, settled]

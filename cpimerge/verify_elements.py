@@ -73,6 +73,7 @@ class Seen:
     sums: npt.NDArray[np.float64]  # [T, 2] Σ m in the core and outside
     pairs: Counts  # [T, T] elements in both cores
     aligned: Counts  # [T, T] of these, both above the base or both below it
+    inwards: Counts  # [T, T] of these, the first below a base of 0 or more, or above one below 0
     claimed: int = 0
     inside: list[Extreme] = field(default_factory=list)
     outside: list[Extreme] = field(default_factory=list)
@@ -91,8 +92,8 @@ class Look:
             dtype == first[1] and np.array_equal(raw, first[0])
             for raw, dtype in zip(piece.stored[1:], piece.dtypes[1:], strict=True)
         )
-        pairs, aligned = (np.zeros((tasks, tasks), np.int64) for _ in range(2))
-        self.seen = Seen(same, [], np.zeros((tasks, 3), np.int64), np.zeros((tasks, 2)), pairs, aligned)
+        pairs, aligned, inwards = (np.zeros((tasks, tasks), np.int64) for _ in range(3))
+        self.seen = Seen(same, [], np.zeros((tasks, 3), np.int64), np.zeros((tasks, 2)), pairs, aligned, inwards)
         self.found = bits_of(piece.output, piece.dtype)
 
     def copied(self) -> Seen:
@@ -118,7 +119,7 @@ class Look:
             claimed = np.flatnonzero(masks.any(axis=0))
             holders = masks[:, claimed]
             less = [values[1 + task][claimed] < base[claimed] for task in range(self.rules.tasks)]
-            self._count_cores(holders, less)
+            self._count_cores(holders, less, base[claimed] < 0)
             half = half_units(base, self.piece.dtypes[0])
             for task in range(self.rules.tasks):
                 self._measure(task, values[1 + task], base, half)
@@ -135,13 +136,20 @@ class Look:
             mask[places] = True
         return masks
 
-    def _count_cores(self, holders: npt.NDArray[np.bool_], less: Sequence[npt.NDArray[np.bool_]]) -> None:
-        """`holders` bool [T, K]: whose core has each of the claimed elements; `less`: whose value is below the base."""
+    def _count_cores(
+        self, holders: npt.NDArray[np.bool_], less: Sequence[npt.NDArray[np.bool_]], negative: npt.NDArray[np.bool_]
+    ) -> None:
+        """`holders` bool [T, K]: whose core has each of the claimed elements; `less`: whose value is below the base.
+
+        `negative` [K]: where the base is below 0.
+        """
         self.seen.claimed = holders.shape[1]
         for a, b in combinations_with_replacement(range(self.rules.tasks), 2):
             both = holders[a] & holders[b]
             self.seen.pairs[a, b] = self.seen.pairs[b, a] = np.count_nonzero(both)
             self.seen.aligned[a, b] = self.seen.aligned[b, a] = np.count_nonzero(both & (less[a] == less[b]))
+            for one, other in ((a, b), (b, a)):
+                self.seen.inwards[one, other] = np.count_nonzero(both & np.where(negative, ~less[one], less[one]))
 
     def _unchanged(self, base: Floats, dtype: str) -> None:
         """No task moved anything, and no core has anything: every element is near the base's."""

@@ -17,29 +17,31 @@ if TYPE_CHECKING:
     from .plan_file import Blend
     from .recipe import Recipe
 
-__all__ = ["TOLERANCE", "Overlaps", "Steps", "deviation", "folded", "omegas", "stages_of"]
+__all__ = ["TOLERANCE", "Overlaps", "Steps", "deviation", "expected_of", "folded", "omegas", "stages_of"]
 
 TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
 EPSILON = 5e-4
 BORDER = 1e-9  # of a cosine: so near to the border of slerp and lerp, either is right
 CLOSE_DEGREES = 0.01
-LEAST = 0.1  # agreement that is told from none
+LEAST = 0.2  # agreement that is told from none
 CHANCE = 3  # deviations that two tasks may agree by accident
 CANCELLED = 1e-13  # of the terms of a norm: less is rounding, so it is 0
 
 Doubles = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Of every two tasks, int64 [T, T] each: elements in both cores, and those of them in layers (or in all tensors).
+    """Of every two tasks, [T, T] each: elements in both cores, and those of them in layers (or in all tensors).
 
-    `aligned`: how many of the latter both moved to the same side of the base.
+    `aligned`: how many of the latter both moved to the same side of the base; `expected`: how many would be by chance.
     """
 
     pairs: npt.NDArray[np.int64]
     compared: npt.NDArray[np.int64]
     aligned: npt.NDArray[np.int64]
+    expected: Doubles
 
 
 def stages_of(recipe: Recipe, names: Sequence[str], overlaps: Overlaps) -> list[list[str]]:
@@ -71,8 +73,7 @@ def _standing_out(overlaps: Overlaps) -> list[int]:
     agree = {}
     for a, b in combinations(tasks, 2):
         both, same = int(overlaps.compared[a, b]), int(overlaps.aligned[a, b])
-        beyond = (same - (both - same)) / both - CHANCE / math.sqrt(both) if both else 0.0
-        agree[a, b] = agree[b, a] = max(LEAST, beyond)
+        agree[a, b] = agree[b, a] = min(1.0, max(LEAST, _beyond(both, same, float(overlaps.expected[a, b]))))
     group = list(tasks)
     best, steepest, before = list(group), 0.0, 1.0
     while True:
@@ -89,6 +90,27 @@ def _standing_out(overlaps: Overlaps) -> list[int]:
             return best
         before = near
         group = [joined[0] if first == joined[1] else first for first in group]
+
+
+def _beyond(both: int, same: int, expected: float) -> float:
+    """Cohen's kappa, less what chance may add to it; 0 where chance alone leaves nothing apart."""
+    if both <= expected:
+        return 0.0
+    apart = both - expected
+    return (same - expected) / apart - CHANCE * (math.sqrt(expected * apart / both) / apart)
+
+
+def expected_of(pairs: Sequence[Counts], inwards: Sequence[Counts], tasks: int) -> Doubles:
+    """How many directions are the same by chance, [T, T], from what was counted of each tensor, [T, T] each.
+
+    Of n elements, x inward in one task and y in the other, that is n − x − y + 2xy/n.
+    """
+    whole, products = np.zeros((tasks, tasks), np.int64), np.zeros((tasks, tasks))
+    for both, inward in zip(pairs, inwards, strict=True):
+        whole += both - inward - inward.T
+        shares = np.divide(inward, both, out=np.zeros((tasks, tasks)), where=both > 0)
+        products += 2 * shares * shares.T * both
+    return whole + products
 
 
 def omegas(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[float]:

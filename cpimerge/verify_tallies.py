@@ -18,7 +18,7 @@ from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
 from .verify_cores import Pool, RecipeNumbers, layer_of
 from .verify_elements import Fault, Seen
-from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, folded, omegas, stages_of
+from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, expected_of, folded, omegas, stages_of
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
 
@@ -37,6 +37,7 @@ class Tally:
     sums: npt.NDArray[np.float64]
     pairs: npt.NDArray[np.int64]
     aligned: npt.NDArray[np.int64]
+    inwards: npt.NDArray[np.int64]
     digests: list[array[int]]
     claimed: int = 0
     same: bool = True
@@ -86,6 +87,7 @@ class Tallies:
                 sums=np.zeros((tasks, 2)),
                 pairs=np.zeros((tasks, tasks), np.int64),
                 aligned=np.zeros((tasks, tasks), np.int64),
+                inwards=np.zeros((tasks, tasks), np.int64),
                 digests=[array("Q") for _ in self.plan.inputs],
             )
         return self.read[name]
@@ -97,6 +99,7 @@ class Tallies:
         tally.sums += seen.sums
         tally.pairs += seen.pairs
         tally.aligned += seen.aligned
+        tally.inwards += seen.inwards
         tally.claimed += seen.claimed
         tally.same &= seen.same
         if seen.faults and tally.fault is None:
@@ -235,6 +238,7 @@ class Tallies:
             pairs=_sum((tally.pairs for tally in floats), shape),
             compared=_sum((tally.pairs for tally in inside), shape),
             aligned=_sum((tally.aligned for tally in inside), shape),
+            expected=expected_of([tally.pairs for tally in inside], [tally.inwards for tally in inside], shape[0]),
         )
         for number, task in enumerate(self.plan.tasks):
             core = int(overlaps.pairs[number, number])
@@ -269,6 +273,7 @@ class Tallies:
             shared, union, index = _overlap(overlaps.pairs, a, b)
             found: dict[str, Any] = {"shared": shared, "union": union, "jaccard": index}
             found |= {"compared": int(overlaps.compared[a, b]), "aligned": int(overlaps.aligned[a, b])}
+            found |= {"expected": float(overlaps.expected[a, b])}
             said: dict[str, Any] = {key: getattr(pair, key) for key in found}
             if self.numbers is not None:
                 chance = self._chance(a, b)

@@ -31,7 +31,7 @@ DENSITIES = ("0.001", "0.01", "0.05", "0.1")
 SCOPES = ("tensor", "global")
 SISTERS = ("movies", "tweets", "products")  # sentiments of other domains
 CLASSES = ("same task", "half and whole", "halves", "sisters", "unrelated")
-DRAWS, SMALLEST, LARGEST = 300, 4, 9  # recipes of so many experts
+DRAWS, SMALLEST, LARGEST = 300, 2, 9  # recipes of so many experts
 
 Matrix = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -60,6 +60,7 @@ class Overlaps:
     pairs: Counts
     compared: Counts
     aligned: Counts
+    expected: Matrix
 
     @property
     def jaccard(self) -> Matrix:
@@ -70,9 +71,11 @@ class Overlaps:
 
     @property
     def agreement(self) -> Matrix:
-        """Less chance, but not cut off at the floor."""
-        size = np.maximum(self.compared, 1)
-        beyond: Matrix = (2 * self.aligned - self.compared) / size - 3 / np.sqrt(size)
+        """Less chance, but not cut off at the floor; 0 where it cannot be told."""
+        told = self.compared > self.expected
+        room = np.where(told, self.compared - self.expected, 1)
+        deviation = np.sqrt(self.expected * room / np.maximum(self.compared, 1))
+        beyond: Matrix = np.where(told, (self.aligned - self.expected - 3 * deviation) / room, 0)
         return beyond
 
 
@@ -103,11 +106,13 @@ def measured(those: Sequence[Expert], base: Path) -> dict[str, Any]:
     counted = {(scope, p): planned(those, base, scope, p) for scope in SCOPES for p in DENSITIES}
     cosine = cosines(those, base)
     rows = [row(those, "cosine of the updates", "", "", cosine)]
+    twos = []
     drawn = [row_of_cuts("cosine, best in hindsight", "", "", *best_fixed(those, cosine))]
     for (scope, p), overlaps in counted.items():
         rows.append(row(those, "Jaccard", scope, p, overlaps.jaccard))
         rows.append(row(those, "agreement", scope, p, overlaps.agreement))
         drawn += cuts(those, scope, p, overlaps)
+        twos.append(pairs_grouped(those, scope, p, overlaps))
     for part in ("rows", "tensors"):
         rows.append(row(those, f"Jaccard of {part}", "", "0.1", coarse(those, base, part)))
     return {
@@ -115,6 +120,7 @@ def measured(those: Sequence[Expert], base: Path) -> dict[str, Any]:
         "pairs": Counter(map(str, relations(those).values())),
         "measures": rows,
         "cuts": drawn,
+        "pairs grouped": twos,
     }
 
 
@@ -146,11 +152,12 @@ def planned(those: Sequence[Expert], base: Path, scope: str, density: str) -> Ov
         plan = cpimerge.plan(recipe, Path(directory, "plan"))
     place = {task.name: number for number, task in enumerate(plan.tasks)}
     pairs = np.diag([task.core for task in plan.tasks])
-    compared, aligned = np.zeros_like(pairs), np.zeros_like(pairs)
+    compared, aligned, expected = np.zeros_like(pairs), np.zeros_like(pairs), np.zeros(pairs.shape)
     for pair in plan.pairs:
         both = [place[pair.a], place[pair.b]], [place[pair.b], place[pair.a]]
         pairs[both], compared[both], aligned[both] = pair.shared, pair.compared, pair.aligned
-    return Overlaps(pairs, compared, aligned)
+        expected[both] = pair.expected
+    return Overlaps(pairs, compared, aligned, expected)
 
 
 def updates(those: Sequence[Expert], base: Path) -> Iterator[npt.NDArray[np.float32]]:
@@ -188,7 +195,7 @@ def coarse(those: Sequence[Expert], base: Path, part: str) -> Matrix:
         cores.append(core)
     both = np.concatenate(cores, axis=1)
     shared = both @ both.T
-    return Overlaps(shared, shared, shared).jaccard
+    return Overlaps(shared, shared, shared, np.zeros(shared.shape)).jaccard
 
 
 def row(those: Sequence[Expert], measure: str, scope: str, density: str, values: Matrix) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def row(those: Sequence[Expert], measure: str, scope: str, density: str, values:
 
 def cuts(those: Sequence[Expert], scope: str, density: str, overlaps: Overlaps) -> Iterator[dict[str, Any]]:
     """What several rules make of recipes drawn at random."""
-    similarity = agreements(overlaps.compared, overlaps.aligned)
+    similarity = agreements(overlaps.compared, overlaps.aligned, overlaps.expected)
     rules: dict[str, Cut] = {
         "tau: 0.1": lambda some: groups(overlaps.pairs[np.ix_(some, some)], Fraction(1, 10)),
         "tau: auto": lambda some: clusters(similarity[np.ix_(some, some)]),
@@ -226,6 +233,14 @@ def cuts(those: Sequence[Expert], scope: str, density: str, overlaps: Overlaps) 
         yield row_of_cuts(name, scope, density, score(those, rule))
     for name, values in (("Jaccard", overlaps.jaccard), ("agreement", np.maximum(overlaps.agreement, FLOOR))):
         yield row_of_cuts(f"{name}, best in hindsight", scope, density, *best_fixed(those, values))
+
+
+def pairs_grouped(those: Sequence[Expert], scope: str, density: str, overlaps: Overlaps) -> dict[str, Any]:
+    """How many of each class `tau: auto` makes one group where the two are all of a recipe."""
+    similarity = agreements(overlaps.compared, overlaps.aligned, overlaps.expected)
+    known = relations(those)
+    joined = Counter(its for pair, its in known.items() if len(clusters(similarity[np.ix_(pair, pair)])) == 1)
+    return {"scope": scope, "density": density, **{name: joined[name] for name in CLASSES if name in known.values()}}
 
 
 def row_of_cuts(rule: str, scope: str, density: str, scores: Sequence[float], threshold: float | None = None) -> Any:

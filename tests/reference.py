@@ -96,6 +96,7 @@ class Result:
     layer_jaccard: dict[str, Pairs]
     compared: dict[tuple[str, str], int]  # elements in both cores, in the layers; in all tensors where none is in one
     aligned: dict[tuple[str, str], int]  # of these, how many both tasks moved in the same direction
+    expected: dict[tuple[str, str], Fraction]  # of these, how many that would be by chance
     groups: list[list[str]]  # by their first task in the recipe
     stages: list[list[str]]
     backbone: str  # a task's name, "base" or "path"
@@ -254,27 +255,38 @@ def groups(tasks: Sequence[str], overlap: Pairs, tau: Fraction) -> list[list[str
 
 def directions(
     cores: Mapping[str, Mapping[str, Sequence[int]]], base: Tensors, experts: Mapping[str, Tensors], floats: list[str]
-) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
-    """Of every ordered pair of tasks the elements in both cores, and those that both moved up or both moved down."""
+) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int], dict[tuple[str, str], Fraction]]:
+    """Of every ordered pair of tasks the elements in both cores, and those that both moved up or both moved down.
+
+    And how many the latter would be by chance, from how many of each tensor each task moved inward: against the sign of
+    the base, where 0 and -0 count as above 0.
+    """
     names = [name for name in floats if layer(name)] or floats
     compared = {(a, b): 0 for a in cores for b in cores}
     aligned = dict(compared)
+    expected = {pair: Fraction(0) for pair in compared}
     for name in names:
+        signs = [-1 if x < 0 else 1 for x in f32(base[name])]
         moves = {task: np.sign(delta(experts[task][name], base[name])) for task in cores}
         for a in cores:
             for b in cores:
-                for i in set(cores[a][name]) & set(cores[b][name]):
+                both = set(cores[a][name]) & set(cores[b][name])
+                for i in both:
                     compared[a, b] += 1
                     aligned[a, b] += bool(moves[a][i] == moves[b][i])
-    return compared, aligned
+                if both:
+                    p, q = (Fraction(sum(moves[t][i] != signs[i] for i in both), len(both)) for t in (a, b))
+                    expected[a, b] += len(both) * (p * q + (1 - p) * (1 - q))
+    return compared, aligned, expected
 
 
-def agreement(compared: int, aligned: int) -> float:
-    """How far two tasks agree on the direction, from 0.1 (not told from not at all) to 1."""
-    if compared == 0:
-        return 0.1
-    opposed = compared - aligned
-    return max(0.1, (aligned - opposed) / compared - 3 / math.sqrt(compared))
+def agreement(compared: int, aligned: int, expected: float) -> float:
+    """How far two tasks agree on the direction, from 0.2 (not told from not at all) to 1: kappa less 3 deviations."""
+    if compared <= expected:
+        return 0.2
+    room = compared - expected
+    deviation = math.sqrt(expected * room / compared)
+    return min(1.0, max(0.2, (aligned - expected) / room - 3 * (deviation / room)))
 
 
 def clusters(tasks: Sequence[str], agree: Mapping[tuple[str, str], float]) -> list[list[str]]:
@@ -292,7 +304,7 @@ def clusters(tasks: Sequence[str], agree: Mapping[tuple[str, str], float]) -> li
         rest = [found[k] for k in range(len(found)) if k not in (i, j)]
         levels.append(sorted([joined, *rest], key=lambda group: tasks.index(group[0])))
         heights.append(near[i, j])
-    heights.append(0.1)
+    heights.append(0.2)
     falls = [heights[k] / heights[k + 1] for k in range(len(levels))]
     return levels[falls.index(max(falls))]
 
@@ -564,8 +576,8 @@ def run(
     overlap = jaccard(cores, eligible)
     sizes = {name: base[name].numel() for name in eligible}
     by_chance = {(a, b): chance(a, b, sizes, s.density) for a in tasks for b in tasks}
-    compared, aligned = directions(cores, base, experts, floats)
-    agree = {pair: agreement(compared[pair], aligned[pair]) for pair in compared}
+    compared, aligned, expected = directions(cores, base, experts, floats)
+    agree = {pair: agreement(compared[pair], aligned[pair], float(expected[pair])) for pair in compared}
     found = clusters(tasks, agree) if s.tau == "auto" else groups(tasks, overlap, s.tau)
     staged = stages(found, s)
     order = [task for stage in staged for task in stage]
@@ -579,6 +591,7 @@ def run(
         layer_jaccard={layer(pool[0]): jaccard(cores, pool) for pool in pools(eligible, "layer")},
         compared=compared,
         aligned=aligned,
+        expected=expected,
         groups=found,
         stages=staged,
         backbone=backbone,

@@ -69,7 +69,7 @@ def recipe(parameters: str, tasks: str = "abcde") -> Recipe:
 )
 def test_stages(parameters: str, wanted: list[list[str]]) -> None:
     found = counts(11, {(0, 3): 2, (3, 4): 2}, 5)
-    similarity = np.full((5, 5), 0.1)
+    similarity = np.full((5, 5), 0.2)
     similarity[1, 2] = similarity[2, 1] = 0.9
     assert stages(recipe(parameters), found, similarity) == wanted
 
@@ -78,7 +78,7 @@ def pair(a: str, b: str, sizes: tuple[int, int], shared: int, **changes: Any) ->
     """Of two cores of 100 elements where nothing else is said: chance is 1%."""
     union = sum(sizes) - shared
     fields: dict[str, Any] = {"jaccard": shared / union if union else 0.0, "chance": 0.01, "lift": None, "layers": {}}
-    fields |= {"shared": shared, "union": union, "compared": shared, "aligned": shared // 2}
+    fields |= {"shared": shared, "union": union, "compared": shared, "aligned": shared // 2, "expected": shared / 2}
     return Pair(a=a, b=b, **(fields | changes))
 
 
@@ -145,12 +145,13 @@ def test_stages_by_hand_and_one_task_leave_tau_unused() -> None:
 def test_tau_auto_that_groups_nothing() -> None:
     pairs = three(EQUAL, (40, 60, 0))
     pairs[0] = pair("a", "b", (100, 100), 40, aligned=23)
+    pairs[1] = pair("a", "c", (100, 100), 60, aligned=50, expected=49.6)  # more, and less beyond chance
     assert notes("tau: auto", EQUAL, pairs, 3) == [
         "tau: auto groups nothing: no tasks stand out; at most, 'a' and 'b' move 57.5% of 40 shared elements in the "
-        "same direction, 50% by chance"
+        "same direction, 50.0% by chance"
     ]
     assert notes("tau: auto", EQUAL, pairs, 2) == []
     assert notes("", EQUAL, pairs, 3) == []  # nobody asked
-    assert notes("tau: auto", EQUAL, three(EQUAL, (9, 9, 9), compared=0, aligned=0), 3) == [
+    assert notes("tau: auto", EQUAL, three(EQUAL, (9, 9, 9), compared=0, aligned=0, expected=0.0), 3) == [
         "tau: auto groups nothing: in no layer do the cores of two tasks share an element"
     ]

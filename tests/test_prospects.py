@@ -94,7 +94,10 @@ def test_a_base_without_weights_says_nothing_of_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("against", "noted"), [(1, True), (2, False)])
 def test_what_was_trained_from_another_task(tmp_path: Path, against: int, noted: bool) -> None:
-    """Of 1,003 elements in both cores (⌊0.1·10000⌋ + ⌊0.1·30⌋), one or two move in opposite directions."""
+    """Of 1,003 elements in both cores (⌊0.1·10000⌋ + ⌊0.1·30⌋), one or two move in opposite directions.
+
+    Half do by chance, so one is 2 of 1,000 beyond that.
+    """
     first = moved(0.01)
     second = {name: tensor + (tensor - base()[name]) / 10 for name, tensor in first.items()}
     update = (first[LARGE] - base()[LARGE]).flatten()
@@ -102,17 +105,34 @@ def test_what_was_trained_from_another_task(tmp_path: Path, against: int, noted:
         second[LARGE].view(-1)[place] = base()[LARGE].flatten()[place] - 1.1 * update[place]
     found = notes(tmp_path, {"math": first, "code": second})
     expected = (
-        "'math' and 'code' move 99.9% of what their cores share in the same direction: one was trained from "
-        "the other, or both from another model than this base. What they have in common counts twice. Take that model "
-        "as base_model, or leave one of them out"
+        "'math' and 'code' move 99.9% of what their cores share in the same direction, 50.0% by chance, as models do "
+        "of which one was trained from the other, or both from another model than this base: what they have in common "
+        "would count twice. If so, take that model as base_model, or leave one of them out"
     )
     assert found == [expected] * noted
 
 
-def test_a_thousand_elements_are_needed_to_tell(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("density", "noted"), [(0.085, True), (0.075, False)])
+def test_hundreds_of_elements_are_needed_to_tell(tmp_path: Path, density: float, noted: bool) -> None:
+    """Half of 852 is more than 400, half of 752 is not."""
     first = moved(0.01)
     second = {name: tensor + (tensor - base()[name]) / 10 for name, tensor in first.items()}
-    assert notes(tmp_path, {"math": first, "code": second}, density=0.09) == []
+    found = notes(tmp_path, {"math": first, "code": second}, density=density)
+    assert [note.startswith("'math' and 'code' move 100.0% of what") for note in found] == [True] * noted
+
+
+def test_shrinking_alike_is_no_descent(tmp_path: Path) -> None:
+    """Weight decay: all weights of both tasks move towards zero, and 1 of 100 away from it, others in each task."""
+    experts = {}
+    for seed, name in enumerate(("math", "code")):
+        generator = torch.Generator().manual_seed(seed)
+        shares = {key: torch.rand(tensor.shape, generator=generator) / 100 for key, tensor in base().items()}
+        shrunk = {key: 1 - share * (1 - 2 * (share > 0.0099)) for key, share in shares.items()}
+        experts[name] = {key: tensor * shrunk[key] for key, tensor in base().items()}
+    assert notes(tmp_path, experts, density=1) == []
+    pair = Plan.load(tmp_path / "plan").pairs[0]
+    assert pair.aligned > 0.97 * pair.compared
+    assert abs(pair.kappa) < 0.1
 
 
 # --- updates of unequal size ------------------------------------------------------------------------

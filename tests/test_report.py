@@ -86,7 +86,7 @@ def settings(**changes: Any) -> Settings:
 def pair(a: str, b: str, shared: int, **changes: Any) -> Pair:
     union = 40 - shared
     values = {"shared": shared, "union": union, "jaccard": shared / union, "chance": shared / union / 10, "lift": 10.0}
-    values |= {"compared": shared, "aligned": shared}
+    values |= {"compared": shared, "aligned": shared, "expected": shared / 2}
     return Pair(a=a, b=b, layers={}, **{**values, **changes})
 
 
@@ -226,18 +226,18 @@ def test_stages_by_hand_stand_beside_the_groups_by_overlap() -> None:
 def test_tau_auto_shows_the_directions() -> None:
     three = [task("a"), task("b"), task("c")]
     pairs = [
-        pair("a", "b", 2, compared=10_000, aligned=5_100),
-        pair("a", "c", 8, compared=12_000, aligned=11_400),
-        pair("b", "c", 0, compared=0, aligned=0),
+        pair("a", "b", 2, compared=10_000, aligned=9_600, expected=9_500.0),  # both shrank
+        pair("a", "c", 8, compared=12_000, aligned=11_400, expected=6_000.0),
+        pair("b", "c", 0, compared=0, aligned=0, expected=0.0),
     ]
     auto = {"pairs": pairs, "settings": settings(tau="auto")}
     lines = text(plan(three, stages=[["a", "c"], ["b"]], **auto))
-    start = lines.index("Directions in what cores share: 50% by chance")
-    assert lines[start + 1].split() == ["#", "tasks", "shared", "in", "layers", "same", "direction"]
+    start = lines.index("Directions in what cores share")
+    assert lines[start + 1].split() == ["#", "tasks", "shared", "in", "layers", "same", "direction", "by", "chance"]
     assert lines[start + 3 : start + 6] == [
-        "1, 3  a, c             12,000          95.00%",
-        "1, 2  a, b             10,000          51.00%",
-        "2, 3  b, c                  0               –",
+        "1, 3  a, c             12,000          95.00%     50.00%",
+        "1, 2  a, b             10,000          96.00%     95.00%",
+        "2, 3  b, c                  0               –          –",
     ]
     assert "Stages: groups of tasks that move what their cores share in the same direction" in lines
     by_hand = text(plan(three, stages=[["a"], ["b"], ["c"]], **auto))

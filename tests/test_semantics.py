@@ -117,6 +117,7 @@ def check_overlaps(plan: Plan, expected: reference.Result) -> None:
         lift = expected.lift[ab]
         assert pair.lift == (None if lift is None else float(lift))
         assert (pair.compared, pair.aligned) == (expected.compared[ab], expected.aligned[ab])
+        assert pair.expected == pytest.approx(float(expected.expected[ab]), rel=1e-12)
         assert pair.layers == {layer: float(found[ab]) for layer, found in expected.layer_jaccard.items()}
     assert plan.stages == expected.stages
     assert [name.replace("backbone", "path") for name in plan.fold] == expected.fold

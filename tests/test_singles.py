@@ -60,6 +60,7 @@ def check_same(together: Found, alone: Found) -> None:
         assert (one.spec, one.chunk, one.cores, one.claimed) == (other.spec, other.chunk, other.cores, other.claimed)
         np.testing.assert_array_equal(one.pairs, other.pairs)
         np.testing.assert_array_equal(one.aligned, other.aligned)
+        np.testing.assert_array_equal(one.inwards, other.inwards)
         np.testing.assert_allclose(one.sums, other.sums, rtol=1e-12, atol=0)
         np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12)
 

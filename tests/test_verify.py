@@ -292,7 +292,7 @@ def _dtype(raw: dict[str, Any]) -> None:
         (_conflict, "conflict is largest"),
         (_space, "space is weights"),
         (_rest, "rest is 0.5, in its recipe 1.0"),
-        (_tau, "tau is 0.5, in its recipe 0.1"),
+        (_tau, "tau is 0.5, in its recipe auto"),
         (_dtype, ""),
     ],
 )

@@ -229,7 +229,7 @@ def test_stages_are_the_references(cores: list[set[int]], tau: str, data: st.Dat
     by_name = {name: {"w": sorted(core)} for name, core in zip(names, cores, strict=True)}
     groups = reference.groups(names, reference.jaccard(by_name, ["w"]), Fraction(tau))
     expected = reference.stages(groups, reference.Settings(order=order, stages=stages))
-    assert stages_of(parse_recipe(text, None, Path("/")), names, Overlaps(pairs, pairs, pairs)) == expected
+    assert stages_of(parse_recipe(text, None, Path("/")), names, Overlaps(pairs, pairs, pairs, pairs / 2)) == expected
 
 
 def test_how_far_coefficients_are_off() -> None:

@@ -118,11 +118,11 @@ def _get(halves: Halves, place: int) -> int:
 
 
 @compiled
-def overlaps(bits: Words, down: Words, pairs: Counts, aligned: Counts) -> int:
+def overlaps(bits: Words, inward: Words, pairs: Counts, aligned: Counts, inwards: Counts) -> int:
     """|Ca ∩ Cb| of every two rows of `bits` uint64 [T, W] into `pairs` int64 [T, T]; returns |∪ C|.
 
-    `down` [T, W] has those elements of each core that are less than the base. Into `aligned` [T, T]: how many of both
-    cores are less in both, or in neither.
+    `inward` [T, W] has those elements of each core that moved inward. Into `aligned` [T, T]: how many of both cores did
+    so in both, or in neither. Into `inwards` [T, T]: how many of both cores did so in the first of the two.
     """
     claimed = 0
     for word in range(bits.shape[1]):
@@ -133,7 +133,10 @@ def overlaps(bits: Words, down: Words, pairs: Counts, aligned: Counts) -> int:
     for a in range(bits.shape[0]):
         for b in range(a, bits.shape[0]):
             pairs[a, b] = pairs[b, a] = _shared(bits[a], bits[b])
-            aligned[a, b] = aligned[b, a] = _aligned(bits[a], bits[b], down[a], down[b])
+            inwards[a, b] = _shared(inward[a], bits[b])
+            inwards[b, a] = _shared(bits[a], inward[b])
+            opposed = inwards[a, b] + inwards[b, a] - 2 * _shared(inward[a], inward[b])
+            aligned[a, b] = aligned[b, a] = pairs[a, b] - opposed
     return claimed
 
 
@@ -142,12 +145,4 @@ def _shared(a: Words, b: Words) -> int:
     count = 0
     for word in range(a.size):
         count += population(a[word] & b[word])
-    return count
-
-
-@compiled
-def _aligned(a: Words, b: Words, down_a: Words, down_b: Words) -> int:
-    count = 0
-    for word in range(a.size):
-        count += population(a[word] & b[word] & ~(down_a[word] ^ down_b[word]))
     return count

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
 from .floats import decode, item_bytes
-from .vectors import SUM_LANES, above, at_least, below, gram, lowest, population, split_sums
+from .vectors import SUM_LANES, above, at_least, gram, inward, lowest, population, split_sums
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
 
@@ -37,7 +37,7 @@ class Found(NamedTuple):
     """What `scan` fills in; see there."""
 
     bits: Words  # [T, W]: certainly in the core
-    down: Words  # [T, W]: and less there than the base
+    inward: Words  # [T, W]: and moved there against the sign of the base, that is towards zero or through it
     counts: Counts  # [T, 5]: changed, m ≤ near, within half a unit of the base; above the bracket, in it
     peaks: Bits  # [C − 1]: the largest magnitude
     sums: Doubles  # [T, 2]: Σ m above the bracket, below it
@@ -95,7 +95,7 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
             split_sums(room.magnitude[:padded], low[t], high[t], found.sums[t])
             inside = found.bits[t, begin // WORD :]
             _sort_out(room.magnitude, low[t], high[t], inside, found.counts[t], room.open)
-            _note_down(inside, room.values[c].view(np.float32), base, found.down[t, begin // WORD :])
+            _note_inward(inside, room.values[c].view(np.float32), base, found.inward[t, begin // WORD :])
         opened = _note_open(room.open, begin, room.values, found, opened)
         if look.delta:
             _subtract_base(room.values)
@@ -166,11 +166,11 @@ def _sort_out(magnitude: Bits, low: np.uint32, high: np.uint32, bits: Words, cou
 
 
 @compiled
-def _note_down(inside: Words, values: Floats, base: Floats, out: Words) -> None:
-    """Of a tile's elements in the core, those that are less than the base; in most words there is nothing to do."""
+def _note_inward(inside: Words, values: Floats, base: Floats, out: Words) -> None:
+    """Of a tile's elements in the core, those that moved inward; in most words there is nothing to do."""
     for word in range(min(values.size // WORD, inside.size)):
         if inside[word]:
-            out[word] = inside[word] & below(values, base, word * WORD)
+            out[word] = inside[word] & inward(values, base, word * WORD)
 
 
 @compiled
@@ -326,7 +326,8 @@ def _decide(values: Floats, place: int, low: Bits, high: Bits, limits: Bits, tie
         ties[t] -= tie
         inside = opened & ((m > limits[t]) | tie)
         found.bits[t, word] |= np.uint64(inside) << bit
-        found.down[t, word] |= np.uint64(inside & (values[1 + t] < values[0])) << bit
+        down = values[1 + t] < values[0]
+        found.inward[t, word] |= np.uint64(inside & (down != (values[0] < 0))) << bit
         found.sums[t, 0] += np.float64(size) if inside else 0.0
         found.sums[t, 1] += np.float64(size) if opened & ~inside else 0.0
         claimed |= found.bits[t, word] >> bit & np.uint64(1)

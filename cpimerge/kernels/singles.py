@@ -58,7 +58,7 @@ class Work(NamedTuple):
     """Room for one tensor; contents do not matter."""
 
     bits: Words  # [T · words of a chunk]
-    down: Words  # [T · words of a chunk]
+    inward: Words  # [T · words of a chunk]
     places: Bits  # [elements of a chunk]
     values: Floats  # [elements of a chunk, C]
     sample: Bits  # [T, MOST]
@@ -70,9 +70,9 @@ class Work(NamedTuple):
 def work(checkpoints: int, elements: int, places: Bits, values: Floats) -> Work:
     """Room for tensors of so many checkpoints and elements; `places` and `values` may serve others too."""
     candidates, spare = (np.empty(elements, np.uint32) for _ in range(2))
-    bits, down = (np.empty(checkpoints * -(-elements // WORD), np.uint64) for _ in range(2))
+    bits, inward = (np.empty(checkpoints * -(-elements // WORD), np.uint64) for _ in range(2))
     sample = np.empty((checkpoints, MOST), np.uint32)
-    return Work(bits, down, places, values, sample, candidates, spare, np.empty(1 << DIGIT, np.int64))
+    return Work(bits, inward, places, values, sample, candidates, spare, np.empty(1 << DIGIT, np.int64))
 
 
 class Results(NamedTuple):
@@ -85,6 +85,7 @@ class Results(NamedTuple):
     gram: Doubles  # [rows of all, P]
     pairs: Counts  # [B, T, T]
     aligned: Counts  # [B, T, T]
+    inwards: Counts  # [B, T, T]
     claimed: Counts  # [B]: elements in any core
     lengths: Counts  # [B, T]: bytes of each core
     cores: Stored  # Roaring bitmaps, those of a tensor one after the other
@@ -105,10 +106,10 @@ def settle_all(raw: Stored, batch: Batch, blend: Blend, room: Scratch, work: Wor
         row = min(batch.rows[b], size)
         look = Look(size, row, tasks, blend.member, blend.delta, blend.near, least, half, batch.begins[b])
         work.bits[: tasks * words] = 0
-        work.down[: tasks * words] = 0
+        work.inward[: tasks * words] = 0
         found = Found(
             work.bits[: tasks * words].reshape((tasks, words)),
-            work.down[: tasks * words].reshape((tasks, words)),
+            work.inward[: tasks * words].reshape((tasks, words)),
             out.counts[b],
             out.peaks[b],
             out.sums[b],
@@ -118,7 +119,8 @@ def settle_all(raw: Stored, batch: Batch, blend: Blend, room: Scratch, work: Wor
         )
         out.states[b] = _settle(raw, batch.kinds[b], batch.sizes[b], look, found, room, work)
         if out.states[b] == SETTLED:
-            out.claimed[b] = bitsets.overlaps(found.bits, found.down, out.pairs[b], out.aligned[b])
+            its = out.pairs[b], out.aligned[b], out.inwards[b]
+            out.claimed[b] = bitsets.overlaps(found.bits, found.inward, *its)
             end = batch.cores[b]
             for t in range(tasks):
                 out.lengths[b, t] = bitsets.serialize(found.bits[t], out.cores[end:])
@@ -146,7 +148,7 @@ def _settle(raw: Stored, kinds: Counts, sizes: Counts, look: Look, found: Found,
         limits[t], ties[t] = _threshold(values, t, low[t], high[t], wanted - above, between, work)
     left = Found(
         found.bits,
-        found.down,
+        found.inward,
         found.counts,
         found.peaks,
         found.sums,

@@ -140,8 +140,11 @@ at_least = _compares(">=")
 
 
 @intrinsic
-def below(typing, values, base, place):  # type: ignore[no-untyped-def]
-    """The word of those elements [place, place + WORD) whose `values` float32 are below those of `base` float32."""
+def inward(typing, values, base, place):  # type: ignore[no-untyped-def]
+    """The word of those elements [place, place + WORD) of `values` float32 that moved from `base` against its sign.
+
+    Those are less than a base of 0 or more (−0 is one), and not less than one below 0.
+    """
     signature = numba.types.uint64(values, base, place)
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -150,7 +153,9 @@ def below(typing, values, base, place):  # type: ignore[no-untyped-def]
             _load(builder, _pointer(context, builder, kind, array), args[2], vector)
             for kind, array in zip(signature.args[:2], args[:2], strict=True)
         )
-        return builder.bitcast(builder.fcmp_ordered("<", ours, theirs), _INDEX)
+        down = builder.fcmp_ordered("<", ours, theirs)
+        negative = builder.fcmp_ordered("<", theirs, ir.Constant(vector, [0.0] * WORD))
+        return builder.bitcast(builder.xor(down, negative), _INDEX)
 
     return signature, generate
 

@@ -72,11 +72,12 @@ def test_overlaps(tasks: int, elements: int, density: float) -> None:
     rng = np.random.default_rng(elements)
     members = rng.random((tasks, elements)) < density
     less = members & (rng.random((tasks, elements)) < 0.4)
-    bits, down = (np.array([words_of(row) for row in rows]) for rows in (members, less))
-    pairs, aligned = (np.full((tasks, tasks), -1, np.int64) for _ in range(2))
-    assert overlaps(bits, down, pairs, aligned) == members.any(axis=0).sum()
+    bits, inward = (np.array([words_of(row) for row in rows]) for rows in (members, less))
+    pairs, aligned, inwards = (np.full((tasks, tasks), -1, np.int64) for _ in range(3))
+    assert overlaps(bits, inward, pairs, aligned, inwards) == members.any(axis=0).sum()
     assert pairs.tolist() == [[int((a & b).sum()) for b in members] for a in members]
-    signs = members.astype(int) - 2 * less  # 1 up, -1 down, 0 in no core
+    assert inwards.tolist() == [[int((a & b).sum()) for b in members] for a in less]
+    signs = members.astype(int) - 2 * less  # 1 outward, -1 inward, 0 in no core
     assert aligned.tolist() == [[int((a * b == 1).sum()) for b in signs] for a in signs]
 
 

@@ -54,10 +54,11 @@ class Case:
         return above
 
     @property
-    def less(self) -> np.ndarray:
-        """Of the tasks' values, which are less than the base's: bool [T, n]."""
-        less: np.ndarray = self.chunk.values[1 : 1 + self.look.tasks] < self.chunk.values[0]
-        return less
+    def inward(self) -> np.ndarray:
+        """Of the tasks' values, which are below a base of 0 or more, or not below one under 0: bool [T, n]."""
+        base, tasks = self.chunk.values[0], self.chunk.values[1 : 1 + self.look.tasks]
+        inward: np.ndarray = np.where(base < 0, tasks >= base, tasks < base)
+        return inward
 
     @property
     def below(self) -> np.ndarray:
@@ -87,7 +88,7 @@ class Case:
         members = checkpoints - self.look.member
         return Found(
             bits=np.zeros((self.look.tasks, -(-self.n // WORD)), np.uint64),
-            down=np.zeros((self.look.tasks, -(-self.n // WORD)), np.uint64),
+            inward=np.zeros((self.look.tasks, -(-self.n // WORD)), np.uint64),
             counts=np.zeros((self.look.tasks, 5), np.int64),
             peaks=np.zeros(checkpoints - 1, np.uint32),
             sums=np.zeros((self.look.tasks, 2)),
@@ -178,7 +179,7 @@ def test_scan(n: int, row: int, options: dict[str, Any]) -> None:
     opened = one.scan(found)
     tasks, magnitude = options["tasks"], one.magnitude
     assert (unpacked(found.bits, n) == one.above).all()
-    assert (unpacked(found.down, n) == one.above & one.less).all()
+    assert (unpacked(found.inward, n) == one.above & one.inward).all()
     sizes = magnitude[:tasks].view(np.float32).astype(np.float64)
     wanted = [
         (magnitude[:tasks] > 0),
@@ -207,7 +208,7 @@ def test_open_elements_that_do_not_fit_are_counted(room: int) -> None:
     assert one.scan(found) == opened > 2600
     assert found.places.tolist() == everything.places[:room].tolist()
     assert found.values.tobytes() == everything.values[:room].tobytes()
-    for part in ("bits", "down", "counts", "peaks", "sums", "gram"):
+    for part in ("bits", "inward", "counts", "peaks", "sums", "gram"):
         assert getattr(found, part).tobytes() == getattr(everything, part).tobytes()
 
 
@@ -223,7 +224,7 @@ def test_scan_adds_to_what_was_found() -> None:
     for found, wanted in ((twice.sums, once.sums), (twice.gram, once.gram)):
         assert np.any(wanted)
         np.testing.assert_allclose(found, 2 * wanted, rtol=1e-14)
-    for part in ("bits", "down", "peaks", "places", "values"):
+    for part in ("bits", "inward", "peaks", "places", "values"):
         assert getattr(twice, part).tobytes() == getattr(once, part).tobytes()
 
 
@@ -271,7 +272,7 @@ def test_scan_and_resolve_make_exact_cores(n: int, row: int, options: dict[str, 
     left = ties.copy()
     scanning.resolve(one.look, one.low, one.high, limits, left, found, scratch(len(options["kinds"])))
     assert (unpacked(found.bits, n) == cores).all()
-    assert (unpacked(found.down, n) == cores & one.less).all()
+    assert (unpacked(found.inward, n) == cores & one.inward).all()
     assert not left.any()
     scale = 1e-300 + one.magnitude[:tasks].view(np.float32).astype(np.float64).sum(axis=1, keepdims=True)
     check_close(found.sums, one.sums(cores, ~cores), scale)
