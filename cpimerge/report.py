@@ -121,7 +121,7 @@ def titled(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], n
     return Text(title, "bold"), table
 
 
-def share(count: int, of: int) -> str:
+def share(count: float, of: int) -> str:
     """`count` / `of` in per cent; only 0 is 0% and only all is 100%."""
     if count in (0, of):
         return "100%" if count else "0%"
