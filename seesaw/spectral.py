@@ -47,7 +47,8 @@ def tsv(updates: torch.Tensor) -> torch.Tensor:
     left, values, right = torch.linalg.svd(updates, full_matrices=False)
     columns = torch.cat(list(left[:, :, :kept]), dim=1)
     rows = torch.cat(list(right[:, :kept]), dim=0)
-    return (_orthogonal(columns) * values[:, :kept].flatten()) @ _orthogonal(rows)
+    merged: torch.Tensor = (_orthogonal(columns) * values[:, :kept].flatten()) @ _orthogonal(rows)
+    return merged
 
 
 def iso(updates: torch.Tensor) -> torch.Tensor:
@@ -56,10 +57,12 @@ def iso(updates: torch.Tensor) -> torch.Tensor:
     The sum of the updates, with the mean of its singular values in place of each.
     """
     left, values, right = torch.linalg.svd(updates.sum(0), full_matrices=False)
-    return values.mean() * (left @ right)
+    merged: torch.Tensor = values.mean() * (left @ right)
+    return merged
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The nearest matrix with orthonormal rows or columns."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    nearest: torch.Tensor = left @ right
+    return nearest

@@ -74,7 +74,9 @@ def test_verify_adds_up_the_same_chance(tensors: int, tasks: int, data: st.DataO
         both = np.maximum(both, both.T)
         pairs.append(both)
         shares = data.draw(st.lists(st.fractions(0, 1), min_size=tasks * tasks, max_size=tasks * tasks))
-        inwards.append(np.array([int(n * q) for n, q in zip(both.flat, shares, strict=True)]).reshape(tasks, tasks))
+        inwards.append(
+            np.array([int(int(n) * q) for n, q in zip(both.flat, shares, strict=True)]).reshape(tasks, tasks)
+        )
     found = sum(map(by_chance, pairs, inwards), np.zeros((tasks, tasks)))
     for a in range(tasks):
         for b in range(tasks):

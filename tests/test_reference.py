@@ -668,7 +668,7 @@ def test_a_case_becomes_directories_and_a_recipe(tmp_path: Path) -> None:
     assert recipe["models"] == [{"model": "a", "name": "a"}, {"model": "b", "name": "b"}]
     assert recipe["dtype"] == "bfloat16"
     assert recipe["parameters"] == {
-        "density": 0.01, "weight": 1, "scope": "tensor", "tau": 0.1, "order": {"seed": 7},
+        "density": 0.01, "weight": 1, "scope": "tensor", "tau": "auto", "order": {"seed": 7},
         "backbone": "./extra", "conflict": "mean", "space": "delta", "rest": 0.3, "granularity": "tensor",
     }  # fmt: skip
 

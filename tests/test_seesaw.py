@@ -114,7 +114,8 @@ def test_singular_vectors_of_tasks() -> None:
 
 def _polar(matrix: torch.Tensor) -> torch.Tensor:
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    polar: torch.Tensor = left @ right
+    return polar
 
 
 def test_mergekits_methods_by_formula(tmp_path: Path) -> None:
@@ -231,7 +232,8 @@ class Asked:
     """A bench whose scores are given; it notes what is asked for."""
 
     def __init__(self, scores: dict[str, float]) -> None:
-        self.seed, self.tasks, self.asked, self._given = 0, {"a": None}, [], scores
+        self.asked: list[str] = []
+        self._given = scores
 
     def scores(self, name: str, split: str, get: Callable[[], Path]) -> dict[str, float]:
         self.asked.append(split)
