@@ -301,7 +301,8 @@ def test_one_task_alone_is_that_task(tmp_path: Path) -> None:
 def test_duplicates_of_one_task_are_that_task(tmp_path: Path, space: str) -> None:
     one = fine_tunes(["a"])
     case = Case(one.base, dict.fromkeys("abc", one.experts["a"]), one.extra)
-    plan = check_everything(tmp_path, case, reference.Settings(density=Fraction(3, 10), space=space))
+    settings = reference.Settings(density=Fraction(3, 10), space=space, tau=Fraction(1, 10))
+    plan = check_everything(tmp_path, case, settings)
     assert plan.stages == [["a", "b", "c"]]
     assert {pair.jaccard for pair in plan.pairs} == {1.0}
     out = load_file(tmp_path / "out" / "model.safetensors")
