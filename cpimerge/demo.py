@@ -31,7 +31,7 @@ models:
 MERGES = {
     "plain average": {"density": "0", "space": "weights"},
     "fused": {},
-    "fused, paper": {"density": "0.01", "scope": "global", "space": "weights", "conflict": "last"},
+    "fused, paper": {"density": "0.01", "scope": "global", "tau": "0.1", "space": "weights", "conflict": "last"},
 }
 
 
