@@ -18,7 +18,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Shares", "agreements", "by_chance", "clusters"]
+__all__ = ["Shares", "agreements", "beyond_chance", "by_chance", "clusters"]
 
 FLOOR = 0.2  # unrelated tasks reach it: what agrees less is not told from what does not agree
 DEVIATIONS = 3  # of chance: two tasks that share few elements may agree by accident
@@ -38,17 +38,22 @@ def by_chance(pairs: Counts, inwards: Counts) -> Shares:
 
 
 def agreements(compared: Counts, aligned: Counts, expected: Shares) -> Shares:
-    """How far any two tasks agree beyond chance: float64 [T, T], 1 at most, FLOOR at least.
+    """As `beyond_chance`, float64 [T, T], but 1 at most and FLOOR at least: what is less is not told apart."""
+    return np.clip(beyond_chance(compared, aligned, expected), FLOOR, 1)
+
+
+def beyond_chance(compared: Counts, aligned: Counts, expected: Shares) -> Shares:
+    """How far any two tasks agree beyond chance: float64 [T, T].
 
     `compared` int64 [T, T]: elements in the cores of both; `aligned` [T, T]: of these, those that both moved in the
     same direction; `expected` float64 [T, T]: how many these would be by chance, summed over tensors. It is Cohen's
-    kappa less what chance may do. FLOOR, too, where by chance all would be the same: then it cannot be told.
+    kappa less what chance may do. 0 where by chance all would be the same: then it cannot be told.
     """
     told = compared > expected
     room = np.where(told, compared - expected, 1)
     deviation = np.sqrt(expected * room / np.maximum(compared, 1))
     beyond: Shares = (aligned - expected) / room - DEVIATIONS * (deviation / room)
-    return np.clip(np.where(told, beyond, FLOOR), FLOOR, 1)
+    return np.where(told, beyond, 0)
 
 
 def clusters(similarity: Shares) -> list[list[int]]:

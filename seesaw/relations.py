@@ -24,7 +24,7 @@ import yaml
 from safetensors import safe_open
 
 import cpimerge
-from cpimerge.agreement import FLOOR, agreements, clusters
+from cpimerge.agreement import FLOOR, agreements, beyond_chance, clusters
 from cpimerge.overlap import groups
 
 DENSITIES = ("0.001", "0.01", "0.05", "0.1")
@@ -71,12 +71,8 @@ class Overlaps:
 
     @property
     def agreement(self) -> Matrix:
-        """Less chance, but not cut off at the floor; 0 where it cannot be told."""
-        told = self.compared > self.expected
-        room = np.where(told, self.compared - self.expected, 1)
-        deviation = np.sqrt(self.expected * room / np.maximum(self.compared, 1))
-        beyond: Matrix = np.where(told, (self.aligned - self.expected - 3 * deviation) / room, 0)
-        return beyond
+        """Not cut off at the floor."""
+        return beyond_chance(self.compared, self.aligned, self.expected)
 
 
 def main(folder: Path, results: Path) -> None:
