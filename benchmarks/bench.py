@@ -35,7 +35,10 @@ class Section:
 SECTIONS = {
     "main": Section(main_section, 3, 12, "cpimerge beside cat, a flushed copy and mergekit; start-up; predictions"),
     "scopes": Section(
-        sections.scopes, 3, 4, "scope global, scope layer, granularity row, space delta beside the default"
+        sections.scopes,
+        3,
+        6,
+        "scope global, scope layer, granularity row, space delta, levelling beside the usual settings",
     ),
     "experts": Section(sections.experts, 3, 5, "seconds for each GB with 2, 4, 8 and 16 experts"),
     "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint; --large: and 8 GB"),

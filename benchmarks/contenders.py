@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ BIN = Path(sys.executable).parent
 CPIMERGE = str(BIN / "cpimerge")
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 DENSITY = 0.01
+USUAL = {"density": str(DENSITY), "tau": "0.1", "space": "weights"}  # the paper's fusion, within each tensor
+LEVELLED = {"tau": "auto", "space": "delta"}  # with these, cpimerge's defaults
 SAMPLE_SECONDS = 0.02
 
 
@@ -72,12 +74,18 @@ class Merge:
     both: Contender
 
 
-def merge(work: Path, name: str, paths: Sequence[Path], startup: Merge | None = None, setting: str = "") -> Merge:
-    """The merge of a base and its experts, in files below `work`; `setting`: a parameter of the recipe."""
+def merge(
+    work: Path,
+    name: str,
+    paths: Sequence[Path],
+    startup: Merge | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Merge:
+    """The merge of a base and its experts, in files below `work`; `settings`: parameters other than the usual ones."""
     recipe, plan, out, merged = (work / f"{name}{ending}" for ending in (".yml", "-plan", "-out", "-merged"))
     models = "".join(f"  - model: {path}\n" for path in paths[1:])
-    parameters = f"parameters:\n  density: {DENSITY}\n  {setting}\n"
-    recipe.write_text(f"merge_method: cpi\nbase_model: {paths[0]}\nmodels:\n{models}{parameters}")
+    parameters = "".join(f"  {key}: {value}\n" for key, value in {**USUAL, **(settings or {})}.items())
+    recipe.write_text(f"merge_method: cpi\nbase_model: {paths[0]}\nmodels:\n{models}parameters:\n{parameters}")
     planning = Contender("cpimerge plan", [CPIMERGE, "plan", str(recipe), "-o", str(plan)], lambda: remove(plan))
     fusing = Contender("cpimerge fuse", [CPIMERGE, "fuse", str(plan), "-o", str(out)], lambda: remove(out))
     both = Contender("cpimerge merge", [CPIMERGE, "merge", str(recipe), "-o", str(merged)], lambda: remove(merged))

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from contenders import BIN, CPIMERGE, DENSITY, OFFLINE, Contender, Merge, in_turn, merge, remove, size_of
+from contenders import BIN, CPIMERGE, DENSITY, LEVELLED, OFFLINE, Contender, Merge, in_turn, merge, remove, size_of
 from floor import Bench, copying, reading
 from tables import megabytes, seconds, table, times
 
@@ -19,14 +19,16 @@ def main_section(bench: Bench) -> str:
     """The four experts and their base, in the page cache."""
     paths, startup = bench.checkpoints("half"), bench.startup()
     merged = merge(bench.work, "main", paths, startup)
+    levelled = merge(bench.work, "levelled", paths, startup, LEVELLED).both
+    levelled.name = "cpimerge merge, defaults"
     floors = [reading(paths), copying(bench.work, paths[0])]
     usage = Contender("cpimerge --help", [CPIMERGE, "--help"])
-    ours = [startup.plan, startup.fuse, startup.both, usage, merged.plan, merged.fuse, merged.both]
+    ours = [startup.plan, startup.fuse, startup.both, usage, merged.plan, merged.fuse, merged.both, levelled]
     theirs = mergekit(bench.work, paths) if bench.mergekit else []
     predict(merged)  # a first time, which compiles kernels and brings the inputs into the page cache
     prediction = predict(merged)
     in_turn([*floors, *ours, *theirs], bench.rounds)
-    against = _against(floors, merged, theirs)
+    against = _against(floors, merged, levelled, theirs)
     rows = [_row(contender, against.get(contender.name, "")) for contender in (*floors, *ours, *theirs)]
     head = ["command", "seconds", "without start-up", "peak memory", "against"]
     return table(head, rows) + "\n" + _predicted(prediction, merged)
@@ -53,14 +55,21 @@ def _row(contender: Contender, against: str) -> list[str]:
     return [contender.name, seconds(contender.seconds), work, megabytes(contender.peak), against]
 
 
-def _against(floors: Sequence[Contender], merged: Merge, theirs: Sequence[Contender]) -> dict[str, str]:
-    """Ours without start-up against the floor; mergekit against `cpimerge merge`, whole commands both."""
+def _against(
+    floors: Sequence[Contender], merged: Merge, levelled: Contender, theirs: Sequence[Contender]
+) -> dict[str, str]:
+    """Ours without start-up against the floor; others against `cpimerge merge`, whole commands both."""
     read, copy = floors
     plan, fuse = merged.plan, merged.fuse
     return {
         plan.name: f"{times(plan.work, read.work)} cat of all inputs",
         fuse.name: f"{times(fuse.work, read.work, copy.work)} cat and flushed copy",
-    } | {one.name: f"{times(one.seconds, merged.both.seconds)} cpimerge merge" for one in theirs}
+        levelled.name: f"{times(levelled.seconds, merged.both.seconds)} cpimerge merge",
+    } | {
+        one.name: f"{times(one.seconds, merged.both.seconds)} cpimerge merge, "
+        f"{times(one.seconds, levelled.seconds)} with defaults"
+        for one in theirs
+    }
 
 
 def predict(merged: Merge) -> dict[str, float]:

@@ -102,9 +102,9 @@ def estimate(
 
 def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> tuple[Budget, Needs]:
     from .budget import Budget
-    from .needs import plan_needs, worker_bytes
+    from .needs import matrix_bytes, plan_needs, worker_bytes
 
-    budget = Budget.divide(worker_bytes(inputs), threads, memory)
+    budget = Budget.divide(worker_bytes(inputs), threads, memory, matrix_bytes(inputs))
     return budget, plan_needs(inputs, budget)
 
 
@@ -152,9 +152,9 @@ def _plan(  # the inputs are checked, and `out` is free
 def _fuse(plan: Plan, plan_dir: Path, target: Target, limits: Limits, watch: Watch, find: Locate) -> dict[str, Any]:
     from . import fusion
     from .budget import Budget
-    from .needs import fuse_worker_bytes
+    from .needs import fuse_matrix_bytes, fuse_worker_bytes
 
-    budget = Budget.divide(fuse_worker_bytes(plan), *limits)
+    budget = Budget.divide(fuse_worker_bytes(plan), *limits, fuse_matrix_bytes(plan))
     return fusion.fuse_plan(plan, plan_dir, target, budget, watch, find)
 
 
@@ -355,13 +355,13 @@ def verify(  # noqa: PLR0913 - all but two are keywords with a default
     except ValueError as error:
         raise OutputError(f"sample: {error}") from error
     directory = Path(out).expanduser()
-    from .verifying import open_output, verify_output, worker_bytes
+    from .verifying import matrix_bytes, open_output, verify_output, worker_bytes
 
     output = open_output(directory, None if plan is None else Path(plan).expanduser())
     with _reading(output.plan, download, progress) as find:
         from .budget import Budget
 
-        budget = Budget.divide(worker_bytes(output.plan), threads, memory)
+        budget = Budget.divide(worker_bytes(output.plan), threads, memory, matrix_bytes(output.plan))
         return verify_output(output, find, budget, share, progress)
 
 

@@ -46,36 +46,42 @@ def usable_threads() -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """Threads, and the bytes that the process may allocate."""
+    """Threads, the bytes that the process may allocate, and how many matrices it may hold whole at a time."""
 
     threads: int
     peak_bytes: int
+    matrices: int = 1
 
     @classmethod
-    def divide(cls, chunk_bytes: int, threads: int | None, memory: int | str | None) -> Budget:
-        """Divide `memory` (bytes in all; default 400 MB + 64 MB a thread) among the threads.
+    def divide(cls, chunk_bytes: int, threads: int | None, memory: int | str | None, matrix_bytes: int = 0) -> Budget:
+        """Divide `memory` (bytes in all; default 400 MB + 64 MB a thread, or what is needed) among the threads.
 
-        `chunk_bytes` is what each thread needs at least. Raises ResourceError where the budget cannot hold that.
+        `chunk_bytes` is what each thread needs at least, and `matrix_bytes` what one of them needs beside it, or as
+        many at a time as there is room for (by default in half of the machine's memory). Raises ResourceError where
+        the budget cannot hold that.
         """
         threads = usable_threads() if threads is None else threads
         if threads < 1:
             raise ResourceError(f"threads: at least 1 is needed, got {threads}")
-        least = RUNTIME_BYTES + threads * chunk_bytes
+        least = RUNTIME_BYTES + threads * chunk_bytes + matrix_bytes
         total = max(least, DEFAULT_SHARED_BYTES + threads * DEFAULT_THREAD_BYTES)
         if memory is not None:
             total = _size(memory)
+        elif matrix_bytes:
+            total = max(total, min(least + (threads - 1) * matrix_bytes, _machine_bytes() // 2))
         counted = "1 thread" if threads == 1 else f"{threads} threads"
         if total < least:
             raise ResourceError(
                 f"memory: {format_size(total)} is too little for {counted} and this many models: "
-                f"at least {_rounded_up(least)} is needed. {_way_out(threads, chunk_bytes)}"
+                f"at least {_rounded_up(least)} is needed. {_way_out(threads, chunk_bytes, matrix_bytes)}"
             )
         if memory is None and total > (have := _machine_bytes()):
             raise ResourceError(
                 f"memory: the models take {_rounded_up(least)} on {counted}, and this machine has {format_size(have)}. "
                 "Use fewer threads or fewer models; of an adapter, see whether its rank makes sense"
             )
-        return cls(threads, total)
+        matrices = 1 + (total - least) // matrix_bytes if matrix_bytes else 1
+        return cls(threads, total, min(matrices, threads))
 
 
 def _machine_bytes() -> int:
@@ -89,10 +95,11 @@ def _size(memory: int | str) -> int:
         raise ResourceError(f"memory: {error}") from error
 
 
-def _way_out(threads: int, chunk_bytes: int) -> str:
+def _way_out(threads: int, chunk_bytes: int, matrix_bytes: int) -> str:
+    keep = f". Levelled matrices take {_rounded_up(matrix_bytes)} of it (singular_values)" if matrix_bytes else ""
     if threads == 1:
-        return "Raise the budget"
-    return f"Raise it, or use one thread ({_rounded_up(RUNTIME_BYTES + chunk_bytes)})"
+        return f"Raise the budget{keep}"
+    return f"Raise it, or use one thread ({_rounded_up(RUNTIME_BYTES + chunk_bytes + matrix_bytes)}){keep}"
 
 
 def _rounded_up(nbytes: int) -> str:

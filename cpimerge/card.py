@@ -82,7 +82,8 @@ the rest was blended (core parameter isolation, [arXiv 2508.21741](https://arxiv
 {stages}
 
 Backbone: {backbone}. Tensors: {actions["slerp"]} blended with slerp, {actions["lerp"]} with lerp alone,
-{actions["identical"]} identical everywhere, {actions["copy"]} not floating-point.
+{actions["identical"]} identical everywhere, {actions["copy"]} not floating-point. Levelled matrices:
+{sum(tensor.is_levelled for tensor in plan.tensors)}.
 {_recipe_section(plan)}"""
 
 

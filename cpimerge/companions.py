@@ -311,4 +311,5 @@ def disposition(tensor: TensorPlan) -> dict[str, Any]:
         "action": "slerp" if tensor.blend.slerped else "lerp",
         "transplanted": tensor.claimed / max(1, tensor.output.elements),
         "angles": tensor.blend.angles,
+        "levelled": tensor.blend.levelled,
     }

@@ -7,31 +7,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from .adapter import ADAPTER_FILES
-from .budget import Budget, format_size
+from .budget import Budget
 from .chat_template import check_replaceable
 from .checkpoint import FLOAT_NAMES, ITEM_BYTES, Checkpoint, Tensor, collect
 from .companions import companion_bytes, read_manifest, unreadable, write_companions
-from .compatibility import differences
 from .cores import CoreReader
 from .disk import flush, open_to_write, reserve
 from .errors import CheckpointError, IncompatibleError, PlanError
 from .findings import content_hash
 from .kernels.floats import KINDS, first_nonfinite
 from .kernels.mixing import Mix, blend
-from .models import Locate, locate, open_model
+from .levelling import level, one_thread, reach
+from .models import Locate, locate
 from .needs import check_disk
-from .pieces import FETCH_BYTES
 from .places import keep_only
 from .plan_arrays import chunks_of, open_coefficients
-from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, Vocabulary, plan_hash
-from .quantized import refused
+from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, plan_hash
+from .planned_inputs import PLAN_AGAIN, open_inputs
 from .staging import Staging, Target, Watch, Work, staged_bytes, staged_directory
 from .stream import (
     EXPONENT,
@@ -47,13 +46,11 @@ from .stream import (
     workers,
 )
 from .transplant import Bits, Claim, Stored, transplant
-from .vocabulary import settle
 from .writer import BegunShard, FinishedShard, ShardLayout, ShardRecord, ShardWriter, shard_layouts, shard_records
 
-__all__ = ["fuse_plan", "open_inputs"]
+__all__ = ["fuse_plan"]
 
 TOO_LARGE = "The inputs are too large to merge"
-PLAN_AGAIN = "The inputs are not those that were planned: run `cpimerge plan` again"
 
 
 def fuse_plan(
@@ -72,11 +69,11 @@ def fuse_plan(
     layouts = shard_layouts((tensor.output for tensor in plan.tensors), target.shard_bytes)
     forbidden = [plan_dir, *(path for checkpoint in checkpoints.values() for path in checkpoint.directories)]
     work = target.work or Work("fuse", f"{plan_hash(plan_dir)} {target.shard_bytes}")
-    threads = workers(budget.threads, len(checkpoints))
+    threads = workers(budget.threads, len(checkpoints), budget.matrices)
     with staged_directory(target, forbidden, work) as staging, threads as pool:
         if staging.is_published:
             return read_manifest(target.directory)
-        with closing(_Fusion(plan, plan_dir, checkpoints, pool, watch)) as fusion:
+        with one_thread(), closing(_Fusion(plan, plan_dir, checkpoints, pool, watch)) as fusion:
             sha256 = fusion.write_shards(layouts, staging)
         return write_companions(plan, plan_dir, base, staging.files, layouts, sha256)
 
@@ -93,79 +90,6 @@ def _check_companions(plan: Plan, base: Path, target: Target) -> None:
     if problems:
         raise CheckpointError(problems)
     check_disk(needed - staged_bytes(target.directory), target.directory)
-
-
-def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
-    """Every checkpoint of the plan by name, where `find` finds it.
-
-    Raises PlanError naming all that changed since; where that is nothing, CheckpointError naming all that cannot be
-    read: it may be back in a moment.
-    """
-    checkpoints: dict[str, Checkpoint] = {}
-    unread: list[str] = []
-    changed: list[str] = []
-    for planned in plan.inputs:
-        try:
-            located = find(planned.reference, planned.name == "base")
-            checkpoint = checkpoints[planned.name] = open_model(located, checkpoints.get("base"))
-        except CheckpointError as error:
-            unread.extend(error.problems)
-            continue
-        now = {shard.file.name: (shard.size, shard.header_xxh3) for shard in checkpoint.shards}
-        then = {shard.file: (shard.size, shard.header_xxh3) for shard in planned.shards}
-        differing = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
-        changed.extend(f"{_place(checkpoint, file)}: {_change(now.get(file), then.get(file))}" for file in differing)
-    if changed:
-        raise PlanError([*changed, *unread, PLAN_AGAIN])
-    if unread:
-        raise CheckpointError(unread)
-    if plan.vocabulary is not None:
-        checkpoints = _in_one_vocabulary(plan.vocabulary, checkpoints)
-    _check_fit(plan, checkpoints)
-    return checkpoints
-
-
-def _check_fit(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Raise PlanError where preflight would have refused this: the plan need not come from a `cpimerge plan`."""
-    base = checkpoints["base"]
-    tensors = {name: (list(info.shape), info.dtype) for name, info in base.tensors.items()}
-    if {tensor.name: (tensor.shape, tensor.base_dtype) for tensor in plan.tensors} != tensors:
-        raise PlanError("plan.json: tensors are not the base's. Run `cpimerge plan` again")
-    problems = [problem for other in checkpoints.values() for problem in (*differences(base, other), *refused(other))]
-    for planned in plan.inputs:
-        needed = checkpoints[planned.name].scratch_bytes
-        if needed > planned.scratch_bytes + FETCH_BYTES:  # which a model takes that is streamed by now
-            problems.append(
-                f"{checkpoints[planned.name].where}: takes {format_size(needed)} a thread, as is not planned"
-            )
-    if problems:
-        raise PlanError([*problems, PLAN_AGAIN])
-
-
-def _in_one_vocabulary(planned: Vocabulary, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """As they were planned. Raises PlanError where their tokenizers say something else by now."""
-    settled = settle(checkpoints, planned.mode)
-    problems = settled.damaged + settled.problems
-    if not problems and settled.vocabulary != planned:
-        now = settled.vocabulary.tokens_xxh3 if settled.vocabulary else {}
-        names = (name for name, xxh3 in planned.tokens_xxh3.items() if now.get(name) != xxh3)
-        problems = [f"{checkpoints[name].where}: its tokens changed since it was planned" for name in names]
-    if problems or settled.vocabulary != planned:
-        raise PlanError([*problems, PLAN_AGAIN])
-    return settled.checkpoints
-
-
-def _place(checkpoint: Checkpoint, file: str) -> Path:
-    """Where a shard is, or was: of an adapter or of the model under it."""
-    return (checkpoint.where if file in ADAPTER_FILES else checkpoint.path) / file
-
-
-def _change(now: tuple[int, str] | None, then: tuple[int, str] | None) -> str:
-    if now is None or then is None:
-        return "not there when planned" if then is None else "gone since it was planned"
-    if now[0] != then[0]:
-        return f"{now[0]} bytes, was {then[0]} when planned"
-    return "its header changed since it was planned"
 
 
 @dataclass(frozen=True)
@@ -248,8 +172,8 @@ class _Fusion:
     def _write_shard(self, layout: ShardLayout, writer: ShardWriter, tensors: int) -> str:
         """Fuse and write one shard, whose first `tensors` are there; returns its sha256."""
         seen: dict[str, list[int]] = {}
-        with closing(self.pool.map(partial(self._fuse, writer), self._jobs(layout, tensors))) as results:
-            for fused in results:
+        with closing(self.pool.map(partial(self._fuse_all, writer), self._jobs(layout, tensors))) as results:
+            for fused in chain.from_iterable(results):
                 for name, digest in fused.digests.items():
                     seen.setdefault(name, []).append(digest)
                 writer.hash(fused.data)
@@ -261,16 +185,18 @@ class _Fusion:
                 self.watch.progress("fuse", self.done, self.total)
             return writer.finish()
 
-    def _jobs(self, layout: ShardLayout, first: int) -> Iterator[_Job]:
-        """The chunks of a shard's tensors from number `first` on."""
+    def _jobs(self, layout: ShardLayout, first: int) -> Iterator[list[_Job]]:
+        """The chunks of a shard's tensors from number `first` on, one at a time, but a levelled tensor's together."""
         tensors = {tensor.name: tensor for tensor in self.plan.tensors}
         begin = 0
         for place, output in enumerate(layout.tensors):
             every = chunks(output.shape, self.plan.settings.granularity) if place >= first else []
-            item = ITEM_BYTES[output.dtype]
-            for number, chunk in enumerate(every):
-                last = number == len(every) - 1
-                yield _Job(tensors[output.name], place, chunk, number, last, begin + chunk.start * item)
+            tensor, item = tensors[output.name], ITEM_BYTES[output.dtype]
+            jobs = [
+                _Job(tensor, place, chunk, number, number == len(every) - 1, begin + chunk.start * item)
+                for number, chunk in enumerate(every)
+            ]
+            yield from [jobs] if jobs and tensor.is_levelled else ([job] for job in jobs)
             begin += output.nbytes
 
     def _check_unchanged(self, tensor: TensorPlan, seen: Mapping[str, Sequence[int]]) -> None:
@@ -279,15 +205,26 @@ class _Fusion:
             where = (
                 f"{self.checkpoints[name].where}: tensor {tensor.name!r}: changed since planned" for name in changed
             )
-            raise PlanError([*where, "The inputs are not those that were planned: run `cpimerge plan` again"])
+            raise PlanError([*where, PLAN_AGAIN])
 
-    def _fuse(self, writer: ShardWriter, job: _Job) -> _Fused:
+    def _fuse_all(self, writer: ShardWriter, jobs: Sequence[_Job]) -> list[_Fused]:
+        if not jobs[0].tensor.is_levelled:
+            return [self._fuse(writer, job, None) for job in jobs]
+        with self.pool.whole:
+            update = self._levelled(jobs)
+            return [self._fuse(writer, job, update) for job in jobs]
+
+    def _fuse(self, writer: ShardWriter, job: _Job, update: Floats | None) -> _Fused:
         infos = [self.checkpoints[name].tensors[job.tensor.name] for name in self.sources]
         stored = self.pool.read(infos, job.chunk)  # all of them: also what has no effect must be what was planned
         digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(self.sources, stored, strict=True)}
         with np.errstate(over="ignore", invalid="ignore"):  # `_finite` finds what overflows
             blends = job.tensor.action == "blend"
-            data = self._blend(job, infos, stored) if blends else self._copy(job, infos[self.base], stored[self.base])
+            data = (
+                self._blend(job, infos, stored, update)
+                if blends
+                else self._copy(job, infos[self.base], stored[self.base])
+            )
         view = memoryview(data.view(np.uint8))
         writer.write(view, writer.data_begin + job.offset)
         return _Fused(job, view, digests)
@@ -297,17 +234,49 @@ class _Fusion:
             return raw.copy()
         return self._finite(job, encode(decode(raw, info.dtype), job.tensor.dtype))
 
-    def _blend(self, job: _Job, infos: Sequence[Tensor], stored: Sequence[Bytes]) -> Bits:
-        """The chunk's blend with the cores over it, as bits of the output dtype."""
-        dtype, size = job.tensor.dtype, job.chunk.size
-        delta = self.plan.settings.space == "delta"
-        mix = Mix(size, min(job.chunk.row, size), self.base, delta, KINDS[dtype])
-        out = np.empty(size * ITEM_BYTES[dtype], np.uint8)
+    def _levelled(self, jobs: Sequence[_Job]) -> Floats:
+        """The levelled update of a whole tensor, float32 [elements]: from its chunks, which are read for it alone."""
+        tensor = jobs[0].tensor
+        infos = [self.checkpoints[name].tensors[tensor.name] for name in self.sources]
+        update = np.empty(tensor.output.elements, np.float32)
+        seen: dict[str, list[int]] = {name: [] for name in self.sources}
+        squares = 0.0  # of the base, in the order of the chunks
+        for job in jobs:
+            stored = self.pool.read(infos, job.chunk)
+            for name, raw in zip(self.sources, stored, strict=True):
+                seen[name].append(xxhash.xxh3_64_intdigest(raw))
+            squares += float(np.sum(np.square(decode(stored[self.base], tensor.base_dtype), dtype=np.float64)))
+            part = update[job.chunk.start : job.chunk.stop]
+            self._mix(job, infos, part.view(np.uint8), "F32", based=False)
+        self._check_unchanged(tensor, seen)
+        _check_fits(tensor, 0, update.view(np.uint32), "F32")
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
+                level(update.reshape(tensor.shape), reach(squares, self.plan.settings.rest))
+        except np.linalg.LinAlgError as error:
+            where = f"tensor {tensor.name!r}: its singular values cannot be computed ({error})"
+            raise IncompatibleError(f"{where}. Set singular_values: keep in the recipe") from error
+        _check_fits(tensor, 0, update.view(np.uint32), "F32")
+        return update
+
+    def _mix(self, job: _Job, infos: Sequence[Tensor], out: Bytes, dtype: str, *, based: bool) -> None:
+        """The blend of the chunk that was read last, as `dtype`, with or without the base of its differences."""
+        delta, size = self.plan.settings.space == "delta", job.chunk.size
+        mix = Mix(size, min(job.chunk.row, size), self.base, delta, delta and based, KINDS[dtype])
         buffers = self.pool.buffers
         blend(buffers.raw[: len(infos)], kinds_of(infos), mix, self._coefficients(job), out, buffers.scratch)
-        bits = out.view(f"u{ITEM_BYTES[dtype]}")
-        claims = [self._claim(task, job, infos, stored) for task in self.plan.order]
+
+    def _blend(self, job: _Job, infos: Sequence[Tensor], stored: Sequence[Bytes], update: Floats | None) -> Bits:
+        """The chunk's blend, or what `update` makes of the base, with the cores over it: bits of the output dtype."""
+        dtype = job.tensor.dtype
         base = Stored(bits_of(stored[self.base], infos[self.base]), infos[self.base].dtype)
+        if update is None:
+            out = np.empty(job.chunk.size * ITEM_BYTES[dtype], np.uint8)
+            self._mix(job, infos, out, dtype, based=True)
+            bits: Bits = out.view(f"u{ITEM_BYTES[dtype]}")
+        else:
+            bits = encode(decode(stored[self.base], base.dtype) + update[job.chunk.start : job.chunk.stop], dtype)
+        claims = [self._claim(task, job, infos, stored) for task in self.plan.order]
         transplant(bits, claims, self.plan.settings.conflict, base, dtype)
         return self._finite(job, bits)
 
@@ -331,13 +300,18 @@ class _Fusion:
         return Claim(self.cores[task].positions(job.tensor.first_chunk + job.number, job.chunk.size), values)
 
     def _finite(self, job: _Job, bits: Bits) -> Bits:
-        place = first_nonfinite(bits, EXPONENT[job.tensor.dtype])
-        if place >= 0:
-            dtype = FLOAT_NAMES[job.tensor.dtype]
-            way_out = "Set dtype: bfloat16 or float32 in the recipe" if dtype == "float16" else TOO_LARGE
-            where = f"tensor {job.tensor.name!r}: flat index {job.chunk.start + place}"
-            raise IncompatibleError(f"{where}: the result does not fit {dtype}. {way_out}")
+        _check_fits(job.tensor, job.chunk.start, bits, job.tensor.dtype)
         return bits
+
+
+def _check_fits(tensor: TensorPlan, start: int, bits: Bits, dtype: str) -> None:
+    """Raise IncompatibleError where bits of `dtype`, the tensor's elements from `start` on, are not all finite."""
+    place = first_nonfinite(bits, EXPONENT[dtype])
+    if place >= 0:
+        name = FLOAT_NAMES[dtype]
+        way_out = "Set dtype: bfloat16 or float32 in the recipe" if name == "float16" else TOO_LARGE
+        where = f"tensor {tensor.name!r}: flat index {start + place}"
+        raise IncompatibleError(f"{where}: the result does not fit {name}. {way_out}")
 
 
 def _taken_over(writer: ShardWriter, layout: ShardLayout, record: ShardRecord | None) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,16 +16,27 @@ from .errors import ResourceError
 from .examination import SMALL, SMALL_ROWS, Pool, elements_of, is_small, pool_rows
 from .kernels import bitsets
 from .kernels.singles import MOST
+from .levelling import can_level, level_bytes
 from .passes import CROWDED
 from .pieces import travel_bytes
 from .plan_file import Plan
 from .plan_files import Room
-from .preflight import Inputs, pools
+from .preflight import Inputs, TensorSpec, pools
 from .selection import BIN_BITS
 from .stream import CHUNK, PENDING, chunks
 from .writer import OutputTensor, shard_layouts
 
-__all__ = ["Needs", "check_disk", "fuse_worker_bytes", "plan_needs", "plan_room", "worker_bytes"]
+__all__ = [
+    "Needs",
+    "check_disk",
+    "fuse_matrix_bytes",
+    "fuse_worker_bytes",
+    "levelled",
+    "matrix_bytes",
+    "plan_needs",
+    "plan_room",
+    "worker_bytes",
+]
 
 HISTOGRAM_BYTES = 8 << BIN_BITS
 OPEN = 1 / 24  # share of elements that a sample leaves open; with many equal updates it may be more
@@ -104,13 +116,43 @@ def check_disk(needed: int, directory: Path) -> None:
 
 def worker_bytes(inputs: Inputs) -> int:
     """What one worker thread needs at least for `plan` and then `fuse`."""
-    least = max(_plan_worker_bytes(inputs), _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)))
+    waiting = max((_result(spec.shape, spec.dtype) for spec in levelled(inputs)), default=0)
+    fuse = _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)) + PENDING * waiting
+    least = max(_plan_worker_bytes(inputs), fuse)
     return least + sum(checkpoint.scratch_bytes for checkpoint in inputs.checkpoints)
 
 
 def fuse_worker_bytes(plan: Plan) -> int:
     """What one worker thread needs at least for `fuse`."""
-    return _fuse_worker_bytes(len(plan.inputs), len(plan.tasks)) + sum(entry.scratch_bytes for entry in plan.inputs)
+    waiting = max((_result(tensor.shape, tensor.dtype) for tensor in plan.tensors if tensor.is_levelled), default=0)
+    least = _fuse_worker_bytes(len(plan.inputs), len(plan.tasks)) + PENDING * waiting
+    return least + sum(entry.scratch_bytes for entry in plan.inputs)
+
+
+def matrix_bytes(inputs: Inputs) -> int:
+    """What the largest matrix that may be levelled takes while `fuse` holds it whole; 0 where there is none."""
+    return max((_matrix(spec.shape, spec.dtype) for spec in levelled(inputs)), default=0)
+
+
+def fuse_matrix_bytes(plan: Plan) -> int:
+    """What the largest levelled matrix takes while `fuse` holds it whole; 0 where there is none."""
+    return max((_matrix(tensor.shape, tensor.dtype) for tensor in plan.tensors if tensor.is_levelled), default=0)
+
+
+def levelled(inputs: Inputs) -> list[TensorSpec]:
+    """The matrices that are levelled where several tasks moved them."""
+    if not inputs.recipe.levels or len(inputs.recipe.tasks) == 1:
+        return []
+    return [spec for spec in inputs.tensors if spec.is_float and can_level(spec.shape, spec.layer)]
+
+
+def _matrix(shape: Sequence[int], dtype: str) -> int:
+    return level_bytes(shape) + _result(shape, dtype)
+
+
+def _result(shape: Sequence[int], dtype: str) -> int:
+    """A levelled tensor as it is written: it waits whole to be hashed."""
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def _plan_worker_bytes(inputs: Inputs) -> int:

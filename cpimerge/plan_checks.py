@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .checkpoint import FLOAT_BYTES, ITEM_BYTES, MAX_SIZE, UNNAMED, is_name
+from .checkpoint import FLOAT_BYTES, ITEM_BYTES, MAX_SIZE, UNNAMED, is_name, layer_of
 from .dialect import has_control
+from .levelling import can_level
 from .plain_json import shown
 from .recipe_checks import name_fault
 from .yamltree import as_text
@@ -43,7 +44,7 @@ def plan_faults(plan: Plan) -> Iterator[str]:
         yield from _input_faults(entry)
     names = {task.name for task in plan.tasks}
     for tensor in plan.tensors:
-        if fault := _tensor_fault(tensor, names):
+        if fault := _tensor_fault(tensor, names, plan.settings.space == "delta"):
             yield f"tensor {shown(tensor.name)}: {fault}"
     yield from (f"tensor {shown(name)} stands there twice" for name in _repeated(t.name for t in plan.tensors))
 
@@ -84,7 +85,7 @@ def _input_faults(entry: Input) -> Iterator[str]:
             yield f"inputs: {shown(entry.name)}: {shown(shard.file)} is not the name of a file"
 
 
-def _tensor_fault(tensor: TensorPlan, tasks: set[str]) -> str | None:
+def _tensor_fault(tensor: TensorPlan, tasks: set[str], is_delta: bool) -> str | None:
     if not is_name(tensor.name):
         return UNNAMED
     nbytes = ITEM_BYTES[tensor.dtype] * ITEM_BYTES[tensor.base_dtype]
@@ -97,4 +98,8 @@ def _tensor_fault(tensor: TensorPlan, tasks: set[str]) -> str | None:
         return f"{tensor.base_dtype} is not for the action {tensor.action}"
     if tensor.tasks.keys() != (tasks if is_float else set()):
         return "`tasks` must have every task" if is_float else "`tasks` must be empty"
+    if tensor.is_levelled and not is_delta:
+        return "`levelled` is for differences: space is weights"
+    if tensor.is_levelled and not can_level(tensor.shape, layer_of(tensor.name)):
+        return "`levelled` is for a matrix of a layer"
     return None

@@ -189,13 +189,15 @@ class Blend(_Model):
 
     `coefficients` [members] and `angles` [members − 1] (degrees between the running vector and the next member; null
     where a norm is 0) are given here for granularity tensor; for row they are in coefficients.npy and `angles` holds
-    the smallest, mean and largest angle. `slerped` counts fold steps that were slerp, not lerp; `steps` counts all.
+    the smallest, mean and largest angle. `slerped` of `steps` were slerp, not lerp.
+    `levelled`: the singular values of what is folded are made level.
     """
 
     coefficients: Many[float] | None
     angles: Many[float | None]
     steps: Size
     slerped: Size
+    levelled: bool = False
 
 
 class TensorPlan(_Model):
@@ -220,6 +222,10 @@ class TensorPlan(_Model):
     @property
     def output(self) -> OutputTensor:
         return OutputTensor(self.name, self.dtype, tuple(self.shape))
+
+    @property
+    def is_levelled(self) -> bool:
+        return self.blend is not None and self.blend.levelled
 
     @model_validator(mode="after")
     def _sound(self) -> TensorPlan:
@@ -355,12 +361,12 @@ def _seal(plan: Plan) -> str:
     Whatever the order of keys, which tools that edit JSON may change.
     """
     tensors = [
-        tensor.model_copy(update={"xxh3": _by_key(tensor.xxh3), "tasks": _by_key(tensor.tasks)})
+        tensor.model_copy(update={key: dict(sorted(getattr(tensor, key).items())) for key in ("xxh3", "tasks")})
         for tensor in plan.tensors
     ]
     vocabulary = plan.vocabulary
     if vocabulary is not None:
-        vocabulary = vocabulary.model_copy(update={"tokens_xxh3": _by_key(vocabulary.tokens_xxh3)})
+        vocabulary = vocabulary.model_copy(update={"tokens_xxh3": dict(sorted(vocabulary.tokens_xxh3.items()))})
     fixed = plan.model_copy(update={"tensors": tensors, "vocabulary": vocabulary}).model_dump_json(
         include={
             "inputs": True,
@@ -374,11 +380,9 @@ def _seal(plan: Plan) -> str:
     return xxhash.xxh3_128_hexdigest(fixed.encode())
 
 
-def _by_key(mapping: Mapping[str, Value]) -> dict[str, Value]:
-    return dict(sorted(mapping.items()))
-
-
-SEALED_OF_A_TENSOR = TensorPlan.model_fields.keys() - {"dtype", "blend"}
+SEALED_OF_A_TENSOR: Any = dict.fromkeys(TensorPlan.model_fields.keys() - {"dtype", "blend"}, True) | {
+    "blend": {"levelled"}
+}
 
 
 def _check_version(file: Path, raw: Mapping[str, Any]) -> None:

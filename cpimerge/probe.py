@@ -17,6 +17,8 @@ from .checkpoint import ITEM_BYTES
 from .examination import examine
 from .kernels.floats import KINDS
 from .kernels.mixing import Mix, blend
+from .levelling import level, level_work, one_thread
+from .needs import levelled
 from .passes import Passes
 from .preflight import Inputs, TensorSpec
 from .stream import CHUNK, Workers, chunks, kinds_of, row_length, workers
@@ -24,6 +26,7 @@ from .stream import CHUNK, Workers, chunks, kinds_of, row_length, workers
 __all__ = ["seconds"]
 
 PIECE = 16 * CHUNK  # elements of a tensor that are tried
+TRY_MATRIX = (768, 2048)
 TRY_SECONDS = 0.4  # for each of plan, fuse and the disk, about
 DISK_PIECE = 32_000_000  # bytes
 SHARE_PARALLEL = 0.8  # of the computing, measured; the interpreter runs on one thread at a time
@@ -70,7 +73,8 @@ def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float | 
             if planning.computing + planning.waiting > TRY_SECONDS:
                 break
     rate = _disk_rate(target)
-    fuse_seconds = None if rate is None else max(fusing.seconds(elements, threads), output_bytes / rate)
+    computing = fusing.seconds(elements, threads) + _level_seconds(inputs) / threads
+    fuse_seconds = None if rate is None else max(computing, output_bytes / rate)
     return planning.seconds(elements, threads), fuse_seconds
 
 
@@ -108,9 +112,23 @@ def _fuse_piece(pool: Workers, piece: TensorSpec) -> None:
         for raw in pool.read(sources, chunk):
             xxhash.xxh3_64_intdigest(raw)
         out = np.empty(chunk.size * ITEM_BYTES[piece.dtype], np.uint8)
-        mix = Mix(chunk.size, chunk.size, len(sources) - 1, False, KINDS[piece.dtype])
+        mix = Mix(chunk.size, chunk.size, len(sources) - 1, False, False, KINDS[piece.dtype])
         blend(pool.buffers.raw[: len(sources)], kinds_of(sources), mix, share, out, pool.buffers.scratch)
         digest.update(out)
+
+
+def _level_seconds(inputs: Inputs) -> float:
+    """What levelling all matrices takes one thread."""
+    shapes = [spec.shape for spec in levelled(inputs)]
+    if not shapes:
+        return 0.0
+    sample = np.random.default_rng(0).normal(size=TRY_MATRIX).astype(np.float32)
+    with one_thread():
+        level(sample[:64].copy())  # what is loaded by the first call
+        started = time.perf_counter()
+        level(sample)
+        taken = time.perf_counter() - started
+    return taken * sum(map(level_work, shapes)) / level_work(TRY_MATRIX)
 
 
 def _disk_rate(target: Path) -> float | None:

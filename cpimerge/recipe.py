@@ -29,6 +29,7 @@ from .recipe_schema import (
     Granularity,
     Scope,
     Seeded,
+    SingularValues,
     Space,
     Vocabulary,
     key_hint,
@@ -41,7 +42,7 @@ __all__ = ["Exclude", "Recipe", "Rule", "Setting", "Task", "load_recipe", "match
 DEFAULT_DENSITY = Fraction(1, 100)
 DEFAULT_WEIGHT = Fraction(1)
 MAX_BYTES = 1_000_000
-TAKEN_AS_WRITTEN = ("scope", "tau", "conflict", "space", "rest", "granularity")
+TAKEN_AS_WRITTEN = ("scope", "tau", "conflict", "space", "rest", "singular_values", "granularity")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Recipe:
 
     `order` is "recipe" or the seed of a random order. `stages` holds task names; None: the overlaps decide.
     `backbone` is "last", "base", a task's name (all str), or another checkpoint (Reference).
-    `dtype` is the output's; None keeps each tensor's. `vocabulary` is the output's; None: all models must have one.
+    `singular_values` "level" has no effect where `space` is weights. `dtype` is the output's; None keeps each tensor's.
+    `vocabulary` is the output's; None: all models must have one.
     `lines` has the line of every key: `parameters.rest`. `text` is the YAML as written.
     """
 
@@ -136,6 +138,7 @@ class Recipe:
     conflict: Conflict = "mean"
     space: Space = "delta"
     rest: Fraction = Fraction(1)
+    singular_values: SingularValues = "level"
     granularity: Granularity = "tensor"
     exclude: tuple[Exclude, ...] = ()
     dtype: Dtype | None = None
@@ -145,6 +148,11 @@ class Recipe:
     notes: tuple[str, ...] = ()
     lines: Mapping[str, int] = field(default_factory=dict, hash=False, repr=False)
     text: str = field(default="", repr=False)
+
+    @property
+    def levels(self) -> bool:
+        """Whether the singular values of what is outside the cores are made level."""
+        return self.space == "delta" and self.rest > 0 and self.singular_values == "level"
 
     def density_of(self, task: Task, tensor: str, depth: Fraction, slice: int = 0) -> Fraction:
         """The share of elements in the task's core, 0 to 1."""

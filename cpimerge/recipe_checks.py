@@ -117,11 +117,13 @@ def _check_vocabulary(tree: Tree, directory: Path) -> Iterator[Problem]:
 
 def _check_pairs(tree: Tree) -> Iterator[Problem]:
     """Keys that exclude each other."""
-    stages, order, rest = (("parameters", key) for key in ("stages", "order", "rest"))
+    stages, order, rest, values = (("parameters", key) for key in ("stages", "order", "rest", "singular_values"))
     if stages in tree.lines and order in tree.lines:
         yield tree.problem(order, f"stages, line {tree.lines[stages]}, give the order already; remove one")
     if tree.at("parameters", "space") == "weights" and _is_other_than_one(tree.at(*rest)):
         yield tree.problem(rest, "scales deltas, and space is weights; remove one of the two")
+    if tree.at("parameters", "space") == "weights" and tree.at(*values) == "level":
+        yield tree.problem(values, "is for deltas, and space is weights; remove one of the two")
     if any(_settings(tree, ("weight",))):
         for where in _settings(tree, ("t",)):
             yield tree.problem(where, "sets a constant factor, so weight has no effect; remove one")

@@ -17,6 +17,7 @@ Scope = Literal["tensor", "layer", "global"]
 Conflict = Literal["last", "first", "largest", "mean", "elect"]
 Space = Literal["weights", "delta"]
 Granularity = Literal["tensor", "row"]
+SingularValues = Literal["level", "keep"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Vocabulary = Literal["base", "union"]
 
@@ -127,6 +128,7 @@ class _Shared(SliceSettings):
     conflict: Annotated[Conflict, choice(Conflict)] | None = None
     space: Annotated[Space, choice(Space)] | None = None
     rest: Share | None = None
+    singular_values: Annotated[SingularValues, choice(SingularValues)] | None = None
     granularity: Annotated[Granularity, choice(Granularity)] | None = None
     exclude: list[Text] | None = None
 

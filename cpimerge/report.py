@@ -288,6 +288,8 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if any(blend.steps for blend in blends) and not any(blend.slerped for blend in blends):
         hint = ". Updates hardly ever are: try space: delta" if plan.settings.space == "weights" else ""
         yield f"what is blended is so nearly parallel (or zero) that every slerp is in effect a lerp{hint}"
+    if levelled := sum(tensor.is_levelled for tensor in plan.tensors):
+        yield f"levelled matrices: {levelled:,}. They take most of the time of fuse; singular_values: keep is faster"
     if len(plan.fold) == 1:
         yield f"nothing is blended: outside the cores the result is {printable(plan.backbone)}"
     if not any(task.core for task in plan.tasks):

@@ -160,8 +160,9 @@ class Buffers:
 class Workers:
     """A pool of threads with a `Buffers` each. Results come in the order of the items, whatever the thread count."""
 
-    def __init__(self, threads: int, checkpoints: int) -> None:
+    def __init__(self, threads: int, checkpoints: int, matrices: int = 1) -> None:
         self.threads = threads
+        self.whole = threading.BoundedSemaphore(matrices)  # held by whoever holds a matrix whole
         self._local = threading.local()
         self._sizes = (checkpoints, min(OPEN_FILES, getrlimit(RLIMIT_NOFILE)[0] // (4 * threads)))
         self._buffers: list[Buffers] = []
@@ -241,9 +242,9 @@ def _read_slowly(sources: Sequence[Tensor], starts: Sequence[int], run: int, buf
 
 
 @contextmanager
-def workers(threads: int, checkpoints: int) -> Iterator[Workers]:
-    """Worker threads for one run."""
-    pool = Workers(threads, checkpoints)
+def workers(threads: int, checkpoints: int, matrices: int = 1) -> Iterator[Workers]:
+    """Worker threads for one run, which hold so many matrices whole at a time."""
+    pool = Workers(threads, checkpoints, matrices)
     try:
         yield pool
     finally:

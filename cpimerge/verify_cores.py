@@ -190,7 +190,7 @@ def numbers_of(plan: Plan, findings: Findings, file: Path) -> RecipeNumbers | No
     from .recipe import matches
 
     if not plan.recipe.strip():
-        findings.notes.append(f"{file}: holds no recipe, so the sizes of the cores are taken as they are")
+        findings.notes.append(f"{file}: holds no recipe, so sizes of cores and what is levelled are taken as they are")
         return None
     recipe = _recipe_of(plan)
     if recipe is None:

@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from .verify_numbers import NEAR, Bits, Bytes, Floats, bits_of, half_units, nonfinite, rounded, shown, values_of
 
-__all__ = ["Extreme", "Fault", "Look", "Piece", "Rules", "Seen"]
+__all__ = ["Extreme", "Fault", "Look", "Piece", "Rules", "Seen", "folded"]
 
 Places = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int64]
 Extreme = tuple[float, int] | None  # a magnitude and its flat index
 NOTHING = np.iinfo(np.int64).max
+CORE = "is not the value of its core"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Piece:
     """One chunk: elements from flat index `start` on, as stored in every input and in the output.
 
     `places`: for each task the positions of its core within the chunk. `coefficients` float32 [rows, members].
+    `update`: of a levelled tensor what its fold became, float32 [n], and how far from it an element may be.
     """
 
     start: int
@@ -47,6 +49,8 @@ class Piece:
     dtype: str
     places: Sequence[Places] = ()
     coefficients: Floats | None = None
+    update: Floats | None = None
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,10 @@ class Look:
             expected = rounded(self._blend(members, base), self.piece.dtype)
             self.seen.gram = self._gram(members, claimed)
             expected[claimed] = self._core_bits(claimed, holders, values)
-        self._judge(expected, masks)
+            wrong = np.flatnonzero(expected != self.found)
+            if self.piece.update is not None:
+                wrong = wrong[masks[:, wrong].any(axis=0) | ~self._is_near(wrong, base)]
+        self._judge(expected, masks, wrong)
         return self.seen
 
     def _masks(self, size: int) -> npt.NDArray[np.bool_]:
@@ -179,16 +186,27 @@ class Look:
         seen.outside.append(outside)
 
     def _blend(self, members: Sequence[Floats], base: Floats) -> Floats:
-        """Σ coefficient·vector in float32, in fold order; the base is added last where vectors are differences."""
+        """The fold, or what it became; the base is added last where vectors are differences."""
+        if self.piece.update is not None:
+            return self.piece.update + base
         assert self.piece.coefficients is not None
-        rows = len(self.piece.coefficients)
-        total = None
-        for values, column in zip(members, self.piece.coefficients.T, strict=True):
-            term = values.reshape(rows, -1) * column[:, None]
-            total = term if total is None else np.add(total, term, out=total)
-        assert total is not None
-        flat: Floats = total.reshape(-1)
+        flat = folded(members, self.piece.coefficients)
         return np.add(flat, base, out=flat) if self.rules.delta else flat
+
+    def _is_near(self, places: Places, base: Floats) -> npt.NDArray[np.bool_]:
+        """Whether the elements at `places` are what an update gives that is nowhere farther off than the tolerance."""
+        assert self.piece.update is not None
+        exact = base[places].astype(np.float64) + self.piece.update[places]
+        found = self._values(self.found[places])
+        low, high = (
+            self._values(rounded((exact + far).astype(np.float32), self.piece.dtype))
+            for far in (-self.piece.tolerance, self.piece.tolerance)
+        )
+        near: npt.NDArray[np.bool_] = (low <= found) & (found <= high)
+        return near
+
+    def _values(self, bits: Bits) -> Floats:
+        return values_of(bits.view(np.uint8), self.piece.dtype)
 
     def _gram(self, members: Sequence[Floats], claimed: Places) -> npt.NDArray[np.float64]:
         """⟨vᵢ, vⱼ⟩ of each row, of the elements in no core."""
@@ -229,26 +247,40 @@ class Look:
         bits = bits_of(raw, dtype)[claimed]
         return bits if dtype == self.piece.dtype else rounded(values_of(bits.view(np.uint8), dtype), self.piece.dtype)
 
-    def _judge(self, expected: Bits, masks: npt.NDArray[np.bool_]) -> None:
-        wrong = np.flatnonzero(expected != self.found)
+    def _judge(self, expected: Bits, masks: npt.NDArray[np.bool_], wrong: Places) -> None:
+        """Tell the first of the places that are `wrong`."""
         if wrong.size:
-            held = int(masks[:, wrong[0]].sum())
-            kind = "is not the blend that its coefficients give" if not held else "is not the value of its core"
-            self._compare(expected, self.found, self.piece.dtype, kind)
+            place = int(wrong[0])
+            levelled = "" if self.piece.update is None else "levelled "
+            kind = f"is not the {levelled}blend that its coefficients give"
+            self._tell(place, expected, self.found, self.piece.dtype, kind if not masks[:, place].any() else CORE)
         self._finite()
 
     def _compare(self, expected: Bits, found: Bits, dtype: str, problem: str) -> None:
         wrong = expected != found
         if wrong.any():
-            place = int(wrong.argmax())
-            values = shown(int(expected[place]), dtype), shown(int(found[place]), dtype)
-            self.seen.faults.append(Fault(self.piece.start + place, problem, *values))
+            self._tell(int(wrong.argmax()), expected, found, dtype, problem)
+
+    def _tell(self, place: int, expected: Bits, found: Bits, dtype: str, problem: str) -> None:
+        values = shown(int(expected[place]), dtype), shown(int(found[place]), dtype)
+        self.seen.faults.append(Fault(self.piece.start + place, problem, *values))
 
     def _finite(self) -> None:
         place = nonfinite(self.found, self.piece.dtype)
         if place is not None:
             value = shown(int(self.found[place]), self.piece.dtype)
             self.seen.faults.append(Fault(self.piece.start + place, "is not finite", "a finite number", value))
+
+
+def folded(members: Sequence[Floats], coefficients: Floats) -> Floats:
+    """Σ coefficient·vector in float32, in fold order. `members` [n] each; `coefficients` [rows, members]."""
+    total = None
+    for values, column in zip(members, coefficients.T, strict=True):
+        term = values.reshape(len(coefficients), -1) * column[:, None]
+        total = term if total is None else np.add(total, term, out=total)
+    assert total is not None
+    flat: Floats = total.reshape(-1)
+    return flat
 
 
 def _winners(rule: str, held: npt.NDArray[np.bool_], stored: Floats, base: Floats) -> Places:

@@ -107,7 +107,8 @@ def _disposition(tensor: TensorPlan) -> dict[str, Any]:
         return {"action": tensor.action}
     elements = max(1, int(np.prod(tensor.shape, dtype=np.int64)))
     action = "slerp" if tensor.blend.slerped else "lerp"
-    return {"action": action, "transplanted": tensor.claimed / elements, "angles": tensor.blend.angles}
+    shown = {"action": action, "transplanted": tensor.claimed / elements, "angles": tensor.blend.angles}
+    return shown | {"levelled": tensor.blend.levelled}
 
 
 def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:

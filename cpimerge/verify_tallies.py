@@ -19,6 +19,7 @@ from .stream import Chunk
 from .verify_cores import Pool, RecipeNumbers, layer_of
 from .verify_elements import Fault, Seen
 from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, expected_of, folded, omegas, stages_of
+from .verify_levels import must_level
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
 
@@ -216,6 +217,10 @@ class Tallies:
             findings.fail(file, f"its action is {tensor.action!r}, and its inputs {which}", tensor.name)
         found: dict[str, Any] = {"claimed": tally.claimed}
         said: dict[str, Any] = {"claimed": tensor.claimed}
+        if tensor.blend is not None:
+            recipe = None if self.numbers is None else self.numbers.recipe
+            found["levelled"] = must_level(self.plan, recipe, tensor, tally.updates[:, 0].tolist())
+            said["levelled"] = tensor.is_levelled
         for number, name in enumerate(self._names if tensor.tasks else ()):
             task = tensor.tasks[name]
             changed, near, rounding = tally.updates[number].tolist()

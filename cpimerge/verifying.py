@@ -11,8 +11,9 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ import xxhash
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .errors import OutputError, PlanError
+from .levelling import one_thread
 from .models import Locate
 from .ordinary import open_ordinary
-from .plan_file import PLAN_FILE, Plan
-from .stream import Workers, workers
+from .plan_file import PLAN_FILE, Plan, TensorPlan
+from .stream import PENDING, Workers, workers
 from .verify_cores import CoreFile, numbers_of, pools_of
-from .verify_elements import Look, Piece, Rules, Seen
+from .verify_elements import Look, Piece, Rules, Seen, folded
 from .verify_files import (
     Manifest,
     OutputFile,
@@ -40,12 +42,14 @@ from .verify_files import (
     sha256,
     weights,
 )
+from .verify_levels import Levelled, levelled, matrix_bytes, most_of, result_bytes, sampled
+from .verify_numbers import values_of
 from .verify_plan import check_chunks, check_manifest, find_plan, open_cores, read_coefficients
 from .verify_results import Counts, Findings, Verification
 from .verify_sources import CHUNK, PHASE, Job, Progress, chunks_of, jobs_of, open_inputs
 from .verify_tallies import Tallies
 
-__all__ = ["Output", "open_output", "verify_output", "worker_bytes"]
+__all__ = ["Output", "matrix_bytes", "open_output", "verify_output", "worker_bytes"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,22 @@ def open_output(out: Path, plan_dir: Path | None) -> Output:
 
 
 def worker_bytes(plan: Plan) -> int:
-    """What a thread needs at least: what it reads, as floats, as the blend's doubles, masks and temporaries."""
+    """What a thread needs at least: what it reads, as floats, as the blend's doubles, masks and temporaries.
+
+    Results wait beside it. What a levelled tensor takes is `matrix_bytes`.
+    """
     inputs, tasks, members = len(plan.inputs), len(plan.tasks), len(plan.fold)
     each = inputs * (8 + 4) + members * (8 + 4) + tasks * (8 + 4 + 4 + 2) + 64
-    return CHUNK * each + sum(entry.scratch_bytes for entry in plan.inputs)
+    return CHUNK * each + PENDING * result_bytes(plan) + sum(entry.scratch_bytes for entry in plan.inputs)
 
 
 def verify_output(
     output: Output, find: Locate, budget: Budget, sample: Fraction | None, progress: Progress
 ) -> Verification:
     """Compare everything; of a `sample`, about that share of each tensor's chunks, and no hash of weights.
+
+    Of tensors whose singular values are levelled, a sample has about that share of all, each whole or not at all:
+    every element of one follows from all of it. So no element is counted as compared that is not.
 
     Raises CheckpointError or OutputError where a file cannot be read to its end.
     """
@@ -86,7 +96,7 @@ def verify_output(
     check_manifest(out, manifest, output.raw, plan, findings)
     files = weights(out, manifest, plan, findings)
     check_index(out, manifest, files, findings)
-    counts, cores = Counts(), 0
+    counts, cores, tensors = Counts(), 0, 0
     hashes: dict[str, str] = {}
     with ExitStack() as stack:
         parts = _parts(output, find, findings, stack)
@@ -94,10 +104,14 @@ def verify_output(
             findings.notes.append("the elements were not compared, for want of what is told as wrong")
         else:
             tallies = _tallies(output, files, findings)
-            pool = stack.enter_context(workers(budget.threads, len(plan.inputs)))
+            pool = stack.enter_context(workers(budget.threads, len(plan.inputs), budget.matrices))
+            stack.enter_context(one_thread())
             run = _Pass(output, parts, tallies, pool, sample)
             hashes = run.run(files, progress)
             counts, cores = run.counts, tallies.cores
+            tensors = sum(len(file.tensors) for file in files) - len(run.skipped)
+            if run.skipped:
+                findings.notes.append(_left_out(len(run.skipped), plan))
             tallies.conclude(output.plan_dir, parts.inputs, sample is None and _has_all(plan, files), findings)
     if sample is None:
         agree += _compare_hashes(out, manifest, hashes, findings)
@@ -106,11 +120,19 @@ def verify_output(
         plan=str(output.plan_dir),
         sample=None if sample is None else float(sample),
         files=agree,
-        tensors=sum(len(file.tensors) for file in files) if parts else 0,
+        tensors=tensors,
         cores=cores,
         **asdict(counts),
         failures=tuple(findings.failures),
         notes=tuple(findings.notes),
+    )
+
+
+def _left_out(count: int, plan: Plan) -> str:
+    every = sum(tensor.is_levelled for tensor in plan.tensors)
+    return (
+        f"{count:,} of {every:,} tensors whose singular values are levelled were not looked at: a sample reads one of "
+        "these whole or not at all, because each of its elements follows from all of it"
     )
 
 
@@ -199,6 +221,7 @@ class _Pass:
         self.pool = pool
         self.sample = sample
         self.counts = Counts()
+        self.skipped: set[str] = set()  # levelled tensors that are not of the sample
         names = [entry.name for entry in self.plan.inputs]
         tasks = [task.name for task in self.plan.tasks]
         self.sources = {
@@ -214,6 +237,10 @@ class _Pass:
 
     def run(self, files: Sequence[OutputFile], progress: Progress) -> dict[str, str]:
         """Read all files; returns the sha256 of each, unless this is a sample."""
+        if self.sample is not None:
+            there = {one.planned.name for file in files for one in file.tensors}
+            every = [tensor for tensor in self.plan.tensors if tensor.is_levelled and tensor.name in there]
+            self.skipped = {tensor.name for tensor in every} - sampled(every, self.sample)
         total = sum(self._bytes(tensor, job) for file in files for tensor, job in self._jobs(file))
         hashes = {}
         for file in files:
@@ -228,9 +255,17 @@ class _Pass:
 
     def _jobs(self, file: OutputFile) -> Iterator[tuple[OutputTensor, Job]]:
         for rank, tensor in enumerate(file.tensors):
+            if tensor.planned.name in self.skipped:
+                continue
             every = chunks_of(tensor.planned.shape, self.plan.settings.granularity)
-            for number in _chosen(len(every), self.sample, rank):
+            for number in _chosen(len(every), None if tensor.planned.is_levelled else self.sample, rank):
                 yield tensor, Job(tensor.planned.name, number, every[number])
+
+    def _groups(self, file: OutputFile) -> Iterator[list[Job]]:
+        """What one worker takes at a time: a levelled tensor, or as `jobs_of`."""
+        for alone, some in groupby(self._jobs(file), lambda each: each[0].planned.is_levelled and each[1].name):
+            jobs = (job for _, job in some)
+            yield from [list(jobs)] if alone else jobs_of(jobs)
 
     def _results(self, file: OutputFile) -> Iterator[_Result]:
         """Of the file's chunks in order, looked at by the workers."""
@@ -242,14 +277,34 @@ class _Pass:
         try:
 
             def look(jobs: list[Job]) -> list[_Result]:
-                return [self._look(offsets[job.name], job, handle, file) for job in jobs]
+                planned = offsets[jobs[0].name].planned
+                if not planned.is_levelled:
+                    return [self._look(offsets[job.name], job, handle, file, None) for job in jobs]
+                with self.pool.whole:
+                    update = self._levelled(planned, jobs)
+                    return [self._look(offsets[job.name], job, handle, file, update) for job in jobs]
 
-            for results in self.pool.map(look, jobs_of(job for _, job in self._jobs(file))):
+            for results in self.pool.map(look, self._groups(file)):
                 yield from results
         finally:
             os.close(handle)
 
-    def _look(self, tensor: OutputTensor, job: Job, handle: int, file: OutputFile) -> _Result:
+    def _levelled(self, planned: TensorPlan, jobs: Sequence[Job]) -> Levelled:
+        """What the tensor's fold becomes, from all of its chunks; they are read for it alone, and not counted."""
+        sources = self.sources[planned.name]
+        fold, square = np.empty(planned.output.elements, np.float32), 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told as such
+            for job in jobs:
+                stored = self.pool.read(sources, job.chunk)
+                values = [values_of(raw, info.dtype) for raw, info in zip(stored, sources, strict=True)]
+                square += float(np.square(values[0], dtype=np.float64).sum())
+                members = [values[number] - values[0] for number in self.rules.fold]
+                coefficients = self.tallies.coefficients(planned, job.chunk, self.parts.rows)
+                fold[job.chunk.start : job.chunk.stop] = folded(members, coefficients)
+            return levelled(fold.reshape(planned.shape), most_of(square, self.plan.settings.rest))
+
+    def _look(self, tensor: OutputTensor, job: Job, handle: int, file: OutputFile, update: Levelled | None) -> _Result:
+        """`update`: of a levelled tensor what its fold became."""
         planned, sources = tensor.planned, self.sources[job.name]
         item = planned.output.nbytes // max(1, planned.output.elements)
         try:
@@ -272,9 +327,10 @@ class _Pass:
         except PlanError as error:
             return _Result(job, data, digests, None, error.problems[0])
         coefficients = self.tallies.coefficients(planned, job.chunk, self.parts.rows)
-        blended = Piece(
-            piece.start, stored, piece.dtypes, data, planned.dtype, places=places, coefficients=coefficients
-        )
+        blended = replace(piece, places=places, coefficients=coefficients)
+        if update is not None:
+            part = update.values[job.chunk.start : job.chunk.stop]
+            blended = replace(blended, update=part, tolerance=update.tolerance)
         return _Result(job, data, digests, Look(blended, self.rules).blended())
 
     def _bytes(self, tensor: OutputTensor, job: Job) -> int:

@@ -2,76 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
 from .bench import Bench, Scores
-from .merging import DEFAULTS, PAPER, Parameters
+from .merging import DEFAULTS, KEPT, PAPER, Parameters
 from .methods import by_mergekit, by_singular_vectors, merged
 
 FACTORS = (0.3, 0.4, 0.5, 0.6)
+DENSITIES = (0.01, 0.05, 0.1)
 
-MERGEKIT: Mapping[str, tuple[str, Sequence[Parameters]]] = {  # by the name in the tables: mergekit's, and its settings
-    "plain average": ("task_arithmetic", [{"normalize": True}]),
-    "task arithmetic": ("task_arithmetic", [{"lambda": factor} for factor in FACTORS]),
-    "ties": (
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A data-free merge: what its scores are filed under, how it is made, and the settings it may have."""
+
+    prefix: str
+    make: Callable[[Bench, Parameters], Path]
+    settings: Sequence[Parameters]
+
+
+def _mergekits(method: str, *settings: Parameters) -> Merge:
+    return Merge(f"mergekit-{method}", lambda bench, parameters: by_mergekit(bench, method, parameters), settings)
+
+
+def _spectral(method: str, *factors: float) -> Merge:
+    settings = [{"lambda": factor} for factor in factors]
+    return Merge(method, lambda bench, parameters: by_singular_vectors(bench, method, parameters), settings)
+
+
+def _fusion(*settings: Parameters) -> Merge:
+    return Merge("fusion", merged, settings)
+
+
+MERGES: Mapping[str, Merge] = {  # by the name in the tables
+    "plain average": _mergekits("task_arithmetic", {"normalize": True}),
+    "task arithmetic": _mergekits("task_arithmetic", *({"lambda": factor} for factor in FACTORS)),
+    "ties": _mergekits(
         "ties",
-        [
+        *(
             {"density": p, "lambda": f, "normalize": True}
             for p, f in ((0.1, 1.0), (0.1, 1.5), (0.2, 0.7), (0.2, 1.0), (0.2, 1.5), (0.5, 1.0), (0.5, 1.5))
-        ],
+        ),
     ),
-    "dare (linear)": ("dare_linear", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
-    "dare (ties)": ("dare_ties", [{"density": 0.5, "lambda": factor} for factor in FACTORS]),
+    "dare (linear)": _mergekits("dare_linear", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
+    "dare (ties)": _mergekits("dare_ties", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
+    "singular vectors: TSV-Merge": _spectral("tsv", 0.8, 1.0, 1.2),
+    "singular vectors: Iso-C": _spectral("iso", 1.5, 2.0, 2.5, 3.0, 3.5),
+    "fusion as in the paper": _fusion(PAPER),
+    "fusion as in the paper, density chosen": _fusion(*(PAPER | {"density": p} for p in DENSITIES)),
+    "localize-and-stitch": _fusion(
+        *({"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.1, 0.2))
+    ),
+    "magmax": _fusion({"density": 1, "conflict": "largest"} | KEPT),
+    "fusion, singular values kept": _fusion(DEFAULTS | KEPT),
+    "fusion, singular values kept, chosen": _fusion(
+        *(
+            {"density": p, "conflict": conflict, "space": "delta"} | KEPT
+            for p in (0, 0.01, 0.1, 0.2)
+            for conflict in (("largest", "mean", "elect") if p else ("last",))
+        )
+    ),
+    "fusion, cpimerge's defaults": _fusion(DEFAULTS),
+    "fusion, chosen": _fusion(
+        *(
+            DEFAULTS | {"density": p, "conflict": conflict}
+            for p in (0, 0.01, 0.1, 0.2)
+            for conflict in (("largest", "mean") if p else ("last",))
+        )
+    ),
 }
 
-SPECTRAL: Mapping[str, tuple[str, Sequence[Parameters]]] = {
-    "singular vectors: TSV-Merge": ("tsv", [{"lambda": factor} for factor in (0.8, 1.0, 1.2)]),
-    "singular vectors: Iso-C": ("iso", [{"lambda": factor} for factor in (1.5, 2.0, 2.5)]),
-}
-
-DENSITIES = (0.01, 0.05, 0.1)
-OWN: Mapping[str, Sequence[Parameters]] = {
-    "fusion as in the paper": [PAPER],
-    "fusion as in the paper, density chosen": [PAPER | {"density": p} for p in DENSITIES],
-    "localize-and-stitch": [{"density": p, "conflict": "mean", "space": "delta", "rest": 0} for p in (0.1, 0.2)],
-    "magmax": [{"density": 1, "conflict": "largest"}],
-    "fusion, cpimerge's defaults": [DEFAULTS],
-    "fusion, chosen": [
-        {"density": p, "conflict": conflict, "space": "delta"}
-        for p in (0, 0.01, 0.1, 0.2)
-        for conflict in (("largest", "mean", "elect") if p else ("last",))
-    ],
-}
-
-
-def settings(name: str) -> Sequence[Parameters]:
-    """The candidates of a data-free merge, by its name in the tables."""
-    others = {**MERGEKIT, **SPECTRAL}
-    return others[name][1] if name in others else OWN[name]
+OWN = [name for name, merge in MERGES.items() if merge.make is merged]
 
 
 def make(bench: Bench, name: str, parameters: Parameters) -> Path:
     """The merge `name` of the bench's experts, with `parameters`."""
-    if name in SPECTRAL:
-        return by_singular_vectors(bench, SPECTRAL[name][0], parameters)
-    return by_mergekit(bench, MERGEKIT[name][0], parameters) if name in MERGEKIT else merged(bench, parameters)
+    return MERGES[name].make(bench, parameters)
 
 
 def key(name: str, parameters: Parameters) -> str:
     """What a candidate's scores are filed under; equal for what is the same merge under two names."""
-    if name in MERGEKIT:
-        prefix = f"mergekit-{MERGEKIT[name][0]}"
-    else:
-        prefix = SPECTRAL[name][0] if name in SPECTRAL else "fusion"
-    return "-".join((prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
+    return "-".join((MERGES[name].prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
 
 
 def chosen(benches: Sequence[Bench], name: str) -> Parameters:
     """The candidate with the best mean score on the validation rows, over tasks and seeds; the first of equals."""
-    return max(settings(name), key=lambda parameters: mean_validation(benches, name, parameters))
+    return max(MERGES[name].settings, key=lambda parameters: mean_validation(benches, name, parameters))
 
 
 def mean_validation(benches: Sequence[Bench], name: str, parameters: Parameters) -> float:

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 import cpimerge
 
 Parameters = dict[str, Any]
-DEFAULTS: Parameters = {"density": 0.01, "conflict": "mean", "space": "delta"}  # cpimerge's; a test holds them to that
+DEFAULTS: Parameters = {  # cpimerge's; a test holds them to that
+    "density": 0.01,
+    "conflict": "mean",
+    "space": "delta",
+    "singular_values": "level",
+}
+KEPT: Parameters = {"singular_values": "keep"}
 PAPER: Parameters = {"density": 0.01, "scope": "global", "tau": 0.1, "conflict": "last", "space": "weights"}
 
 

@@ -19,7 +19,7 @@ import cpimerge
 from cpimerge.plan_file import Plan
 
 from .bench import Bench
-from .merging import DEFAULTS, PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .merging import DEFAULTS, KEPT, PAPER, Parameters, fused, mergekits, recipe, save_like, written
 from .spectral import spectral
 from .training import Freeze
 
@@ -153,7 +153,10 @@ TRAINED = {  # by the name in the tables
 
 ABLATIONS = {  # of CPI-FT
     "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
-    "cpimerge's fusion": lambda bench: cpi_ft(bench, "cpimerge-fusion", DEFAULTS | {"tau": 1}),
+    "cpimerge's fusion, singular values kept": lambda bench: cpi_ft(
+        bench, "cpimerge-fusion", DEFAULTS | KEPT | {"tau": 1}
+    ),
+    "cpimerge's fusion": lambda bench: cpi_ft(bench, "levelled-fusion", DEFAULTS | {"tau": 1}),
     "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
     "one group": lambda bench: cpi_ft(bench, "one-group", TOGETHER),
     "one group, from the plain average": lambda bench: continued(bench, "plain-group", TOGETHER, average(bench)),

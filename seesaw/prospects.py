@@ -26,13 +26,12 @@ from cpimerge.prospects import UNEQUAL as LIMIT
 from cpimerge.prospects import size, unequal
 
 from .bench import Bench, Scores
-from .merging import Parameters, recipe, written
+from .merging import DEFAULTS, Parameters, recipe, written
 from .tasks import Row, Task
 from .training import Schedule, accuracy
 
 DRAWS = 12  # recipes of a seed
 ROWS = 100  # of a task to score on, of its validation rows
-FUSION: Parameters = {"density": 0.1, "conflict": "elect", "space": "delta"}
 AVERAGE: Parameters = {"density": 0, "space": "weights"}
 
 
@@ -145,7 +144,7 @@ def tables(trials: Sequence[Trial]) -> Iterator[str]:
     yield "| of all recipes | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |"
     for name, value in PREDICTORS.items():
         areas = (area([value(trial) for trial in trials], list(map(is_so, trials))) for is_so in OUTCOMES.values())
-        yield f"| {name} | " + " | ".join(f"{each:.2f}" for each in areas) + " |"
+        yield f"| {name} | " + " | ".join("" if each is None else f"{each:.2f}" for each in areas) + " |"
     yield ""
     yield "| warned by | poor if warned | poor and warned | harmful if warned | harmful and warned |"
     yield "|---|--:|--:|--:|--:|"
@@ -184,10 +183,12 @@ def best_limit(values: Sequence[float], so: Sequence[bool]) -> float:
     return max(((low + high) / 2 for low, high in pairwise(sorted(values))), key=gain)
 
 
-def area(values: Sequence[float], so: Sequence[bool]) -> float:
-    """The area under the ROC curve: how often a value of what is so is above one of what is not."""
+def area(values: Sequence[float], so: Sequence[bool]) -> float | None:
+    """The area under the ROC curve: how often a value of what is so is above one of what is not; None: all are one."""
     above = [value for value, is_so in zip(values, so, strict=True) if is_so]
     below = [value for value, is_so in zip(values, so, strict=True) if not is_so]
+    if not above or not below:
+        return None
     return mean((high > low) + (high == low) / 2 for high in above for low in below)
 
 
@@ -232,7 +233,7 @@ def measure(bench: Bench, names: Mapping[str, str]) -> dict[str, Any]:
     experts = {task: folder / "models" / name for task, name in names.items()}
     scratch, plans = folder / "prospects" / "scratch", list[Plan]()
     scores = {}
-    for way, parameters in (("fusion", FUSION), ("average", AVERAGE)):
+    for way, parameters in (("fusion", DEFAULTS), ("average", AVERAGE)):
         content = recipe(bench.learner.base, experts, parameters)
         cpimerge.merge(written(content, scratch), scratch / "model", force=True, planned=plans.append)
         scores[way] = scored(bench, scratch / "model", list(names))

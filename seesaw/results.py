@@ -12,7 +12,7 @@ from typing import Any
 
 from . import staging
 from .bench import Bench, Scores
-from .candidates import MERGEKIT, OWN, SPECTRAL, chosen, key, make, validated
+from .candidates import MERGES, OWN, chosen, key, make, validated
 from .merging import Parameters
 from .methods import ABLATIONS, TRAINED
 
@@ -37,7 +37,7 @@ def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Lin
     """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
     yield Line("experts, each on its task", "reference", [_experts(bench) for bench in benches])
-    for name in (*MERGEKIT, *SPECTRAL, *OWN):
+    for name in MERGES:
         settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
         yield Line(name, "merge", scores, _said(settings))
@@ -71,7 +71,7 @@ def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
     ]
     done = set()
     for name in OWN:
-        for settings in OWN[name]:
+        for settings in MERGES[name].settings:
             if key(name, settings) not in done:
                 done.add(key(name, settings))
                 scores = validated(benches, name, settings)

@@ -198,11 +198,13 @@ def cases(draw: st.DrawFn, *, max_tasks: int = 5, max_tensors: int = 5) -> Case:
 
 
 def shape() -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes of up to three dimensions, some of them empty, of at most 120 elements."""
+    """Shapes of up to three dimensions, some of them empty, of at most 120 elements, or matrices of a thousand."""
     vectors = st.tuples(length(40))
     matrices = st.tuples(length(6), length(20))
+    sides = st.tuples(st.sampled_from([31, 32, 33]), st.sampled_from([31, 32, 40]))  # on both sides of what is levelled
+    large = sides.flatmap(st.permutations).map(tuple)
     cubes = st.tuples(length(3), length(4), length(5))
-    return st.one_of(matrices, matrices, vectors, cubes, st.just(()))
+    return st.one_of(matrices, matrices, vectors, cubes, st.just(()), large)
 
 
 def length(top: int) -> st.SearchStrategy[int]:
@@ -294,6 +296,7 @@ def settings(draw: st.DrawFn, case: Case) -> Settings:
         tau=draw(st.one_of(st.just("auto"), numbers("0.1", "0", "0.5", "1"))),
         space=space,
         rest=draw(numbers("1", "1", "0", "0.3")) if space == "delta" else Fraction(1),
+        singular_values=draw(st.sampled_from([None, "level", "keep"] if space == "delta" else [None, "keep"])),
         **{key: draw(st.sampled_from(values)) for key, values in choice.items()},
     )
 

@@ -2,7 +2,7 @@
 
 Nothing here is shared with the package: it is the oracle the package is tested against. Inputs are dicts of
 torch tensors, cores are python sets, tops come from a full sort with explicit tie-break keys, and a fold is a
-loop of slerps over float64 vectors. Only fit for small tensors.
+loop of slerps over float64 vectors; singular values come from numpy's svd in float64. Only fit for small tensors.
 """
 
 import fnmatch
@@ -29,6 +29,12 @@ EPSILON = 5e-4
 NEAR = 1e-6  # a cosine this close to 1 - EPSILON may fall on either side of it after other roundings
 CANCELLED = 1e-4  # a fold whose norm is below this share of its terms' norms has no reliable direction
 
+SIDE = 32  # of a matrix that is levelled, at least
+GAIN = 5.0
+CAP = 5.0
+CAP_OF_LOW_RANK = 1.5
+LIMIT = Fraction(5, 100)  # of the base's norm
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,6 +51,7 @@ class Settings:
     conflict: str = "mean"
     space: str = "delta"
     rest: Fraction = Fraction(1)
+    singular_values: str | None = None  # None: "level" where `space` is delta
     granularity: str = "tensor"
     exclude: Sequence[str] = ()
     dtype: torch.dtype | None = None
@@ -103,6 +110,7 @@ class Result:
     fold: list[str]  # the backbone, then the folded tasks: the columns of `coefficients`
     disposition: dict[str, str]  # tensor -> "copied" (not float) | "identical" | "fused"
     coefficients: dict[str, F64]  # fused tensor -> [units, len(fold)], without `rest`
+    tolerance: dict[str, F64]  # levelled tensor -> [n]: how far `fused32` may be from what float32 gives; 0 in cores
     steps: dict[str, list[list[Step]]]  # fused tensor -> unit -> step
     stats: dict[str, dict[str, Stats]]  # task -> every float tensor -> counts
     fused: dict[str, torch.Tensor]  # the output: float32 arithmetic, rounded once to the output dtype
@@ -399,6 +407,49 @@ def blend32(vectors: Sequence[F32], coefficients: F64, base: F32 | None, rest: F
     return acc if base is None else acc + base
 
 
+def is_matrix_of_a_layer(name: str, tensor: torch.Tensor) -> bool:
+    """What can be levelled: two dimensions, both of at least SIDE, and a layer."""
+    return tensor.dim() == 2 and min(tensor.shape) >= SIDE and layer(name) != ""
+
+
+def level(update: F64, most: float = math.inf) -> F64:
+    """Every singular value sigma of [rows, columns] becomes min(GAIN sigma, cap), the singular vectors stay.
+
+    Where the Frobenius norm of that is above `most`, it is scaled down to it.
+    """
+    u, sigma, vt = np.linalg.svd(update, full_matrices=False)
+    if not sigma.any():
+        return np.zeros_like(update)
+    root_mean_square = math.sqrt(math.fsum(x * x for x in sigma) / len(sigma))
+    mean_weighted_with_itself = math.fsum(x * x for x in sigma) / math.fsum(sigma)
+    cap = max(CAP * root_mean_square, CAP_OF_LOW_RANK * mean_weighted_with_itself)
+    levelled: F64 = (u * [min(GAIN * x, cap) for x in sigma]) @ vt
+    return levelled * min(1.0, most / float(np.linalg.norm(levelled)))
+
+
+def most(base: F32, rest: Fraction) -> float:
+    """The norm of a levelled update, at most: so much of the base's; anything where the base is 0."""
+    norm = float(np.linalg.norm(base.astype(np.float64)))
+    return float(LIMIT * rest) * norm if norm else math.inf
+
+
+def level_error(update: F64) -> F64:
+    """How far each element of float32's result may be from `level(update)`.
+
+    What is too strong is taken away in float32: an element loses its column (along the shorter side, of m elements)
+    times m singular vectors, twice m terms that are added up, each with a few roundings of 2^-24. Such errors are as
+    often up as down, so that they grow with the root of their number: GAIN 2^-24 sqrt(2m) |column|, and 4 times that
+    for those that are larger than most. Beside that is what float64 leaves of the whole, also where a column is 0, and
+    what float32 cannot hold at all.
+    """
+    short = int(np.argmin(update.shape))
+    columns = np.sqrt(np.sum(update * update, axis=short, keepdims=True))
+    error: F64 = 4 * GAIN * 2.0**-24 * math.sqrt(2 * update.shape[short]) * np.broadcast_to(columns, update.shape)
+    doubles = GAIN * 2.0**-52 * update.shape[short] * float(np.linalg.norm(update))
+    error = error + doubles + 4 * GAIN * 2.0**-149
+    return error
+
+
 def transplant(claimants: Sequence[tuple[np.float32, np.float32]], base: np.float32, conflict: str) -> np.float32:
     """The value of one core element. `claimants`: (stored value, update) in stage order, in float32."""
     if len(claimants) == 1 or conflict == "last":
@@ -527,10 +578,13 @@ class _Fuser:
         out.fused32[name] = np.zeros(len(base32), dtype=np.float32)
         out.ideal[name], out.scale[name] = np.zeros(len(base32)), np.zeros(len(base32))
         out.coefficients[name], out.steps[name] = np.zeros((units, len(vectors))), []
+        folded32, folded = out.fused32[name].copy(), out.ideal[name].copy()  # of all elements, those in cores too
         for u in range(units):
             here = free & (unit == u)
             parts = [v[here] for v in vectors]
             ideal, c, steps = fold([v.astype(np.float64) for v in parts], out.fold[1:], omega)
+            line = unit == u
+            folded[line] = float(self.s.rest) * (c @ [v[line].astype(np.float64) for v in vectors])
             if self.given is not None:
                 c = np.asarray(self.given[name], dtype=np.float64)[u]
             base = base32[here]
@@ -540,6 +594,27 @@ class _Fuser:
             out.ideal[name][here] = ideal if plain else base + float(self.s.rest) * ideal
             terms = sum(abs(ci) * np.abs(v.astype(np.float64)) for ci, v in zip(c, parts, strict=True))
             out.scale[name][here] = terms if plain else float(self.s.rest) * terms + np.abs(base)
+            folded32[line] = blend32([v[line] for v in vectors], c * float(self.s.rest), None, self.s.rest)
+        if self.levels(name):
+            self.level(name, folded32, folded)
+
+    def levels(self, name: str) -> bool:
+        """Whether the singular values are made level: of a matrix of a layer that several tasks moved."""
+        base = self.base[name]
+        moved = [task for task in self.experts if magnitude(self.experts[task][name], base).any()]
+        on = self.s.space == "delta" and self.s.rest > 0 and self.s.singular_values != "keep"
+        return on and is_matrix_of_a_layer(name, base) and len(moved) > 1
+
+    def level(self, name: str, folded32: F32, folded: F64) -> None:
+        """Put the levelled fold in place of what `blend` has settled: `folded32` as float32 has it, and in float64."""
+        out, base, shape = self.result, f32(self.base[name]), tuple(self.base[name].shape)
+        matrix = folded32.astype(np.float64).reshape(shape)
+        limit = most(base, self.s.rest)
+        out.fused32[name] = base + level(matrix, limit).reshape(-1).astype(np.float32)
+        out.ideal[name] = base + level(folded.reshape(shape), limit).reshape(-1)
+        reached = float(np.linalg.norm(level(matrix)))
+        scaled_down = min(1.0, limit / reached) if reached else 1.0
+        out.tolerance[name] = scaled_down * level_error(matrix).reshape(-1) + 2.0**-24 * np.abs(out.ideal[name])
 
     def write_cores(self, name: str) -> None:
         """Transplant: every element in some task's core."""
@@ -552,6 +627,8 @@ class _Fuser:
             x = transplant(claimants, base[i], self.s.conflict)
             self.result.fused32[name][i] = self.result.ideal[name][i] = x
             self.result.scale[name][i] = abs(x)
+            if name in self.result.tolerance:
+                self.result.tolerance[name][i] = 0
 
 
 def run(
@@ -597,7 +674,7 @@ def run(
         backbone=backbone,
         fold=[backbone] + [task for task in order if task != backbone],
         stats={t: {x: stats_of(experts[t][x], base[x], cores[t][x]) for x in floats} for t in tasks},
-        disposition={}, coefficients={}, steps={}, fused={}, ideal={}, fused32={}, scale={},
+        disposition={}, coefficients={}, steps={}, fused={}, ideal={}, fused32={}, scale={}, tolerance={},
     )  # fmt: skip
     fuser = _Fuser(base, experts, extra, s, backbone, order, cores, result, coefficients)
     for name in base:

@@ -337,6 +337,7 @@ def test_dispositions(fused: Path) -> None:
                 "action": "slerp",
                 "transplanted": tensor.claimed / 20,
                 "angles": tensor.blend.angles,
+                "levelled": False,
             }
             assert 5 <= tensor.claimed <= 10  # two cores of five elements
             (angle,) = tensor.blend.angles

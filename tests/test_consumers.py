@@ -207,7 +207,7 @@ def test_cpimerge_merges_it_further(models: Path, output: Path, tmp_path: Path) 
             {"model": output, "name": "merged", "parameters": {"weight": 0.25}},
             {"model": models / "math", "parameters": {"weight": 0.75}},
         ],
-        parameters={"density": 0, "space": "delta"},
+        parameters={"density": 0, "space": "delta", "singular_values": "keep"},
     )
     cpimerge.merge(recipe, tmp_path / "out", threads=1)
     first, second, base = load(output), load(models / "math"), load(models / "base")

@@ -80,20 +80,21 @@ def recipe(models: Path, **parameters: Any) -> Path:
 
 def least(recipe: Path, threads: int) -> int:
     """The smallest budget that `plan` accepts, in bytes."""
-    worker = needs.worker_bytes(preflight.check(cpimerge.load_recipe(recipe)))
-    return least_for(worker, threads)
+    inputs = preflight.check(cpimerge.load_recipe(recipe))
+    return least_for(needs.worker_bytes(inputs), threads, needs.matrix_bytes(inputs))
 
 
 def least_fuse(plan_dir: Path, threads: int) -> int:
     """The smallest budget that `fuse` accepts, in bytes."""
-    return least_for(needs.fuse_worker_bytes(Plan.load(plan_dir)), threads)
+    plan = Plan.load(plan_dir)
+    return least_for(needs.fuse_worker_bytes(plan), threads, needs.fuse_matrix_bytes(plan))
 
 
-def least_for(worker: int, threads: int) -> int:
-    nbytes = RUNTIME_BYTES + threads * worker
-    assert Budget.divide(worker, threads, nbytes).peak_bytes == nbytes
+def least_for(worker: int, threads: int, matrix: int) -> int:
+    nbytes = RUNTIME_BYTES + threads * worker + matrix
+    assert Budget.divide(worker, threads, nbytes, matrix).peak_bytes == nbytes
     with pytest.raises(cpimerge.ResourceError):
-        Budget.divide(worker, threads, nbytes - 1)
+        Budget.divide(worker, threads, nbytes - 1, matrix)
     return nbytes
 
 

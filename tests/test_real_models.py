@@ -144,7 +144,7 @@ def merge(
         out.with_suffix(".yml"),
         base_model=models / "base",
         models=[{"model": models / task} for task in tasks],
-        parameters={"density": 0.05, "space": "weights", "conflict": "last"} | parameters,
+        parameters={"density": 0.05, "space": "weights", "conflict": "last", "singular_values": "keep"} | parameters,
         **({} if dtype is None else {"dtype": dtype}),
     )
     plan = cpimerge.plan(recipe, out.with_suffix(".plan"), threads=2)

@@ -576,7 +576,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         shared("t: 1\n  <list>: 2"),
         [
             "8: parameters.'<list>': unknown key; valid keys: density, weight, t, normalize, int8_mask, scope, "
-            "tau, stages, order, backbone, conflict, space, rest, granularity, exclude"
+            "tau, stages, order, backbone, conflict, space, rest, singular_values, granularity, exclude"
         ],
     ),
     "global parameter under a model": (

@@ -79,11 +79,11 @@ def test_figures_by_hand() -> None:
 @pytest.mark.parametrize("name", candidates.OWN)
 def test_every_candidate_is_a_recipe(name: str, tmp_path: Path) -> None:
     keys = set()
-    for parameters in candidates.settings(name):
+    for parameters in candidates.MERGES[name].settings:
         path = written(recipe(tmp_path, {"a": tmp_path, "b": tmp_path}, parameters), tmp_path)
         parse_recipe(path.read_text(), path, tmp_path)
         keys.add(candidates.key(name, parameters))
-    assert len(keys) == len(candidates.settings(name))
+    assert len(keys) == len(candidates.MERGES[name].settings)
 
 
 def test_the_defaults_are_the_tools(tmp_path: Path) -> None:
@@ -241,8 +241,10 @@ class Asked:
 
 
 def test_settings_are_chosen_on_validation_rows() -> None:
-    best = {"density": 0.1, "conflict": "elect", "space": "delta"}
-    given = {candidates.key("fusion, chosen", each): 0.5 for each in candidates.settings("fusion, chosen")}
+    best = DEFAULTS | {"density": 0.1, "conflict": "largest"}
+    every = candidates.MERGES["fusion, chosen"].settings
+    given = {candidates.key("fusion, chosen", each): 0.5 for each in every}
+    assert best in every
     benches = [Asked(given | {candidates.key("fusion, chosen", best): share}) for share in (0.3, 0.9)]
     assert candidates.chosen(cast("Sequence[Bench]", benches), "fusion, chosen") == best
     assert {split for bench in benches for split in bench.asked} == {"validation"}

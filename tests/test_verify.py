@@ -248,7 +248,7 @@ def test_a_recipe_made_in_python(tmp_path: Path) -> None:
     found = cpimerge.verify(tmp_path / "out", **LIMITS)
     assert found.failures == ()
     (note,) = found.notes
-    assert note.endswith("plan.json: holds no recipe, so the sizes of the cores are taken as they are")
+    assert note.endswith("plan.json: holds no recipe, so sizes of cores and what is levelled are taken as they are")
 
 
 # --- edited plans -----------------------------------------------------------------------------------
@@ -497,7 +497,8 @@ MAKERS = {
     *("analysis", "blend", "comparing", "cores", "folding", "fusion", "kernels", "overlap", "passes", "planning"),
     *("plan_arrays", "selection", "singles", "staging", "transplant", "writer", "companions", "preflight"),
 }
-OF_STREAM = {"Chunk", "Workers", "workers"}  # reading, and no arithmetic
+OF_STREAM = {"Chunk", "PENDING", "Workers", "workers"}  # reading, and no arithmetic
+OF_LEVELLING = {"one_thread"}  # how many threads compute, and not what
 OF_PLAN_FILE = {"COEFFICIENTS_FILE", "PLAN_FILE", "Blend", "Input", "Plan", "TensorPlan"}
 
 
@@ -515,10 +516,11 @@ def imports(file: Path) -> dict[str, set[str]]:
 def test_nothing_that_plans_or_fuses_takes_part() -> None:
     package = Path(cpimerge.__file__).parent
     modules = sorted(package.glob("verify*.py"))
-    assert len(modules) == 11
+    assert len(modules) == 12
     for file in modules:
         found = imports(file)
         assert not found.keys() & MAKERS, file
         assert found.get("stream", set()) <= OF_STREAM, file
+        assert found.get("levelling", set()) <= OF_LEVELLING, file
         assert found.get("checkpoint", set()) <= {"Checkpoint", "Tensor"}, file
         assert found.get("plan_file", set()) <= OF_PLAN_FILE

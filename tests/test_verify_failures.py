@@ -512,7 +512,12 @@ def disposition(tensor: Any) -> dict[str, Any]:
         return {"action": tensor.action}
     action = "slerp" if tensor.blend.slerped else "lerp"
     share = tensor.claimed / max(1, int(np.prod(tensor.shape)))
-    return {"action": action, "transplanted": share, "angles": tensor.blend.angles}
+    return {
+        "action": action,
+        "transplanted": share,
+        "angles": tensor.blend.angles,
+        "levelled": tensor.blend.levelled,
+    }
 
 
 def test_several_tensors_one_failure_each(home: Path) -> None:

@@ -14,12 +14,13 @@ from .scanning import Scratch
 
 class Mix(NamedTuple):
     """How a chunk of `size` elements in rows of `row` is blended: checkpoint number `base` is the base, values are
-    differences from it if `delta`, and the result is stored as `kind`."""
+    differences from it if `delta`, to which it is added again if `based`, and the result is stored as `kind`."""
 
     size: int
     row: int
     base: int
     delta: bool
+    based: bool
     kind: int
 
 
@@ -28,7 +29,7 @@ def blend(raw: Stored, kinds: Counts, mix: Mix, coefficients: Floats, out: Store
     """Σ_v c_v·vector_v in float32, in the order of v, rounded once into `out` uint8 [n · item bytes].
 
     `raw` uint8 [C, ≥ 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]; its first V are the vectors.
-    `coefficients` float32 [R, V] has a line for each row. With `mix.delta` the base is added last.
+    `coefficients` float32 [R, V] has a line for each row. With `mix.based` the base is added last.
     """
     members = coefficients.shape[1]
     item = item_bytes(mix.kind)
@@ -64,7 +65,7 @@ def _blend_row(values: Bits, start: int, stop: int, mix: Mix, coefficients: Floa
             _scale(coefficients[0], vector, out)
         else:
             _add_scaled(coefficients[v], vector, out)
-    if mix.delta:
+    if mix.based:
         _add(base, out)
 
 

@@ -14,8 +14,8 @@ import yaml
 from cpimerge.card import model_card
 from cpimerge.companions import companion_edits, config_with_dtype
 from cpimerge.errors import CpimergeError
-from cpimerge.fusion import open_inputs
 from cpimerge.plan_file import PLAN_FILE, Plan
+from cpimerge.planned_inputs import open_inputs
 from cpimerge.writer import MAX_SHARD_BYTES, index_json, shard_layouts
 
 from ..mutation import json_text

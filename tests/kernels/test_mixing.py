@@ -22,7 +22,7 @@ def blended(values: np.ndarray, mix: Mix, coefficients: np.ndarray) -> np.ndarra
     total = factors[:, 0] * vectors[0]
     for v in range(1, coefficients.shape[1]):
         total = total + factors[:, v] * vectors[v]
-    result: np.ndarray = total + values[mix.base] if mix.delta else total
+    result: np.ndarray = total + values[mix.base] if mix.based else total
     return result
 
 
@@ -32,7 +32,9 @@ def blended(values: np.ndarray, mix: Mix, coefficients: np.ndarray) -> np.ndarra
 def test_blend(n: int, row: int, kinds: list[int], data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     members = data.draw(st.integers(1, len(kinds)))
-    mix = Mix(n, row, data.draw(st.integers(0, len(kinds) - 1)), data.draw(st.booleans()), data.draw(st.integers(0, 2)))
+    base, kind = data.draw(st.integers(0, len(kinds) - 1)), data.draw(st.integers(0, 2))
+    delta, based = data.draw(st.sampled_from([(False, False), (True, True), (True, False)]))
+    mix = Mix(n, row, base, delta, based, kind)
     chunk = stored(near_the_base(rng, len(kinds), n), kinds)
     coefficients = rng.normal(size=(n // row, members)).astype(np.float32)
     item = 4 if mix.kind == 2 else 2
@@ -49,7 +51,7 @@ def test_a_blend_too_large_is_infinite(kind: int) -> None:
     largest = {0: 3.3895313892515355e38, 1: 65504.0, 2: 3.4028234663852886e38}[kind]
     chunk = stored(np.array([[largest, -largest], [largest, 0]], np.float32), [kind, kind])
     out = np.empty(8, np.uint8)[: 8 if kind == 2 else 4]
-    blend(chunk.raw, chunk.kinds, Mix(2, 2, 0, False, kind), np.ones((1, 2), np.float32), out, scratch(2))
+    blend(chunk.raw, chunk.kinds, Mix(2, 2, 0, False, False, kind), np.ones((1, 2), np.float32), out, scratch(2))
     assert stream.decode(out, NAMES[kind]).tolist() == [math.inf, -np.float32(largest)]
 
 
@@ -58,6 +60,6 @@ def test_the_product_is_rounded_before_it_is_added() -> None:
     x = np.float32(1 + 2**-12)
     chunk = stored(np.array([[-(x * x)], [x]], np.float32), [2, 2])
     out = np.empty(4, np.uint8)
-    blend(chunk.raw, chunk.kinds, Mix(1, 1, 0, False, 2), np.array([[1, x]], np.float32), out, scratch(2))
+    blend(chunk.raw, chunk.kinds, Mix(1, 1, 0, False, False, 2), np.array([[1, x]], np.float32), out, scratch(2))
     assert float(x) ** 2 != float(np.float32(x * x))
     assert out.view(np.float32).tolist() == [0]

@@ -1,0 +1,115 @@
+"""Singular values made level: the few directions in which a matrix moved most are capped, all others strengthened.
+
+Added up, the updates of several tasks have a few directions that are many times as strong as the rest, and in these the
+tasks get in each other's way. Isotropic merging (Iso-C, arXiv 2502.04959) gives every direction the same strength. Here
+they are strengthened by one factor and capped, so that what is next to nothing, such as the rounding of 16-bit weights,
+stays next to nothing. And no matrix is moved farther than a model bears, however far its fine-tunes moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a plan is read, and what can be levelled is asked, without a numeric library
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+
+__all__ = [
+    "CAP",
+    "CAP_OF_LOW_RANK",
+    "GAIN",
+    "LIMIT",
+    "can_level",
+    "level",
+    "level_bytes",
+    "level_work",
+    "one_thread",
+    "reach",
+]
+
+GAIN = 5.0  # what a singular value is multiplied by
+CAP = 5.0  # what it is at most, in root mean squares of all,
+CAP_OF_LOW_RANK = 1.5  # or in means of all, each weighted with itself, where that is more
+LIMIT = 0.05  # how far a matrix is moved at most, as a share of its norm in the base
+SMALLEST = 32  # the shorter side of a matrix: below that there are too few directions
+BLOCK = 512  # columns at a time; a constant, because it enters sums
+PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less than a block of columns
+
+
+def can_level(shape: Sequence[int], layer: str) -> bool:
+    """Whether a tensor of `layer` ('': of none) is levelled where several tasks moved it: a matrix of a layer.
+
+    Embeddings are not: their rows are tokens, and most rows nobody moved.
+    """
+    return bool(layer) and len(shape) == 2 and min(shape) >= SMALLEST
+
+
+def level(update: Floats, most: float = math.inf) -> None:
+    """Level the singular values of float32 [rows, columns], finite, in place: each σ becomes min(GAIN·σ, cap).
+
+    The cap is CAP·√(Σσ²/m) of the m singular values, or CAP_OF_LOW_RANK·Σσ²/Σσ where that is more: in an update of low
+    rank, such as a LoRA's, most of the m are 0. All are then scaled down together where √Σσ², the Frobenius norm of the
+    result, would be above `most`. Sums are float64; what is taken away is computed in float32. Raises
+    numpy.linalg.LinAlgError where the decomposition fails.
+    """
+    import numpy as np
+
+    wide = update if update.shape[0] <= update.shape[1] else update.T
+    gram = np.zeros((len(wide), len(wide)))
+    for part in _blocks(wide):
+        doubles = part.astype(np.float64)
+        gram += doubles @ doubles.T
+    squares, vectors = np.linalg.eigh(gram)
+    del gram
+    values = np.sqrt(np.maximum(squares, 0))
+    energy, total = float(np.sum(values * values)), float(np.sum(values))
+    if energy == 0:
+        return
+    cap = max(CAP * math.sqrt(energy / len(values)), CAP_OF_LOW_RANK * energy / total)
+    strong = GAIN * values > cap
+    reached = float(np.linalg.norm(np.minimum(GAIN * values, cap)))
+    gain = np.float32(GAIN * min(1.0, most / reached))
+    basis = vectors[:, strong].astype(np.float32)
+    excess = (1 - cap / (GAIN * values[strong])).astype(np.float32)
+    del vectors
+    for part in _blocks(wide):
+        part -= basis @ (excess[:, None] * (basis.T @ part))
+        part *= gain
+
+
+def reach(squares: float, rest: float) -> float:
+    """The most that `level` may make of an update of a base whose elements have this sum of squares."""
+    return LIMIT * rest * math.sqrt(squares) if squares else math.inf
+
+
+def _blocks(wide: Floats) -> Iterator[Floats]:
+    """Views of some columns each."""
+    for first in range(0, wide.shape[1], BLOCK):
+        yield wide[:, first : first + BLOCK]
+
+
+def level_bytes(shape: Sequence[int]) -> int:
+    """What levelling a matrix takes at most: the matrix, its Gram matrix twice, its vectors, LAPACK's work of twice
+    their size, a block of columns, and what matrix products pack."""
+    short = min(shape)
+    return 4 * math.prod(shape) + 5 * 8 * short * short + 4 * 8 * short * BLOCK + PACKED_BYTES
+
+
+def level_work(shape: Sequence[int]) -> float:
+    """How long levelling takes, in a unit that is the same for all shapes; measured."""
+    short, long = sorted(shape)
+    return short * short * (long + 4.0 * short)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrix products of the block run on the thread that asks for them: how many there are must not change a sum."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
