@@ -71,7 +71,7 @@ def plan(  # noqa: PLR0913 - all but two are keywords with a default
 
     target = Target(Path(out), force, restart)
     with _checked(recipe, target, download, progress) as (inputs, _):
-        return _plan(inputs, target, (threads, memory), Watch(progress, resumed), announce)
+        return _plan(inputs, target, (threads, memory), Watch(progress, resumed), announce, levels=False)
 
 
 def estimate(
@@ -91,20 +91,21 @@ def estimate(
     """
     target = Path(out)
     with _found(_loaded(recipe), target, download, progress) as (inputs, _):
-        budget, needs = _budgeted(inputs, threads, memory)
+        budget, needs = _budgeted(inputs, (threads, memory), levels=True)
         if needs.plan_travel_bytes:
             return needs
         from .probe import seconds
 
-        plan_seconds, fuse_seconds = seconds(inputs, budget.threads, target)
+        plan_seconds, fuse_seconds = seconds(inputs, budget, target)
         return replace(needs, plan_seconds=plan_seconds, fuse_seconds=fuse_seconds)
 
 
-def _budgeted(inputs: Inputs, threads: int | None, memory: int | str | None) -> tuple[Budget, Needs]:
+def _budgeted(inputs: Inputs, limits: Limits, *, levels: bool) -> tuple[Budget, Needs]:
+    """What `plan` and then `fuse` may take. Without `levels`, no room is asked for what only `fuse` levels."""
     from .budget import Budget
     from .needs import matrix_bytes, plan_needs, worker_bytes
 
-    budget = Budget.divide(worker_bytes(inputs), threads, memory, matrix_bytes(inputs))
+    budget = Budget.divide(worker_bytes(inputs, levels=levels), *limits, matrix_bytes(inputs) if levels else 0)
     return budget, plan_needs(inputs, budget)
 
 
@@ -137,13 +138,13 @@ def _found(recipe: Recipe, target: Path, download: Download, progress: Progress)
 
 
 def _plan(  # the inputs are checked, and `out` is free
-    inputs: Inputs, target: Target, limits: Limits, watch: Watch, announce: Callable[[Needs], None]
+    inputs: Inputs, target: Target, limits: Limits, watch: Watch, announce: Callable[[Needs], None], *, levels: bool
 ) -> Plan:
     from . import planning  # with numba, which a mistake in the recipe need not wait for
     from .needs import check_disk
     from .staging import staged_bytes
 
-    budget, needs = _budgeted(inputs, *limits)
+    budget, needs = _budgeted(inputs, limits, levels=levels)
     check_disk(needs.plan_bytes + needs.scratch_bytes - staged_bytes(target.directory), target.directory)
     announce(needs)
     return planning.make_plan(inputs, target, budget, watch)
@@ -241,7 +242,7 @@ def merge(  # noqa: PLR0913 - all but two are keywords with a default
             else:
                 limits, watch = (threads, memory), Watch(progress, resumed)
                 plan_target = Target(directory / "plan", force=True, keep_journal=True)
-                plan = _plan(inputs, plan_target, limits, watch, check_disk)
+                plan = _plan(inputs, plan_target, limits, watch, check_disk, levels=True)
                 planned(plan)
                 manifest = _fuse(plan, plan_target.directory, merged, limits, watch, find)
         forget(goal)  # last: until then the next run can tell that the output is this merge's

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import groupby
+from itertools import combinations_with_replacement, groupby
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +131,16 @@ class Folder:
             for spec, blend in zip(specs, (blend for part in parts for blend in _blends(part)), strict=True):
                 blends[spec.name] = blend
         return blends
+
+    def gram_of(self, spec: TensorSpec) -> Gram:
+        """Dot products of the members' vectors over the whole tensor, outside the cores: float64 [V, V]."""
+        total = np.zeros(len(self.members) * (len(self.members) + 1) // 2)
+        for part in self.grams.read(self.first_row.get(spec.name, 0), self._rows(spec)):
+            total += part.sum(axis=0)
+        gram = np.zeros((len(self.members),) * 2)
+        for value, (i, j) in zip(total, combinations_with_replacement(range(len(self.members)), 2), strict=True):
+            gram[i, j] = gram[j, i] = value
+        return gram
 
     def _rows(self, spec: TensorSpec) -> int:
         return row_count(spec.shape, self.inputs.recipe.granularity)

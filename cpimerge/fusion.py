@@ -237,6 +237,7 @@ class _Fusion:
     def _levelled(self, jobs: Sequence[_Job]) -> Floats:
         """The levelled update of a whole tensor, float32 [elements]: from its chunks, which are read for it alone."""
         tensor = jobs[0].tensor
+        share = tensor.blend.levelled if tensor.blend else 0.0
         infos = [self.checkpoints[name].tensors[tensor.name] for name in self.sources]
         update = np.empty(tensor.output.elements, np.float32)
         seen: dict[str, list[int]] = {name: [] for name in self.sources}
@@ -252,7 +253,7 @@ class _Fusion:
         _check_fits(tensor, 0, update.view(np.uint32), "F32")
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
-                level(update.reshape(tensor.shape), reach(squares, self.plan.settings.rest))
+                level(update.reshape(tensor.shape), reach(squares, self.plan.settings.rest), share)
         except np.linalg.LinAlgError as error:
             where = f"tensor {tensor.name!r}: its singular values cannot be computed ({error})"
             raise IncompatibleError(f"{where}. Set singular_values: keep in the recipe") from error

@@ -114,9 +114,9 @@ def check_disk(needed: int, directory: Path) -> None:
         )
 
 
-def worker_bytes(inputs: Inputs) -> int:
-    """What one worker thread needs at least for `plan` and then `fuse`."""
-    waiting = max((_result(spec.shape, spec.dtype) for spec in levelled(inputs)), default=0)
+def worker_bytes(inputs: Inputs, *, levels: bool = True) -> int:
+    """What one worker thread needs at least for `plan` and then `fuse`; for `fuse` without `levels`, but for that."""
+    waiting = max((_result(spec.shape, spec.dtype) for spec in levelled(inputs) if levels), default=0)
     fuse = _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)) + PENDING * waiting
     least = max(_plan_worker_bytes(inputs), fuse)
     return least + sum(checkpoint.scratch_bytes for checkpoint in inputs.checkpoints)
@@ -141,7 +141,7 @@ def fuse_matrix_bytes(plan: Plan) -> int:
 
 def levelled(inputs: Inputs) -> list[TensorSpec]:
     """The matrices that are levelled where several tasks moved them."""
-    if not inputs.recipe.levels or len(inputs.recipe.tasks) == 1:
+    if not inputs.recipe.levels or len(inputs.checkpoints) < 3:  # one update is in nobody's way
         return []
     return [spec for spec in inputs.tensors if spec.is_float and can_level(spec.shape, spec.layer)]
 

@@ -190,14 +190,14 @@ class Blend(_Model):
     `coefficients` [members] and `angles` [members − 1] (degrees between the running vector and the next member; null
     where a norm is 0) are given here for granularity tensor; for row they are in coefficients.npy and `angles` holds
     the smallest, mean and largest angle. `slerped` of `steps` were slerp, not lerp.
-    `levelled`: the singular values of what is folded are made level.
+    `levelled`: how far the singular values of what is folded are made level, 0 to 1.
     """
 
     coefficients: Many[float] | None
     angles: Many[float | None]
     steps: Size
     slerped: Size
-    levelled: bool = False
+    levelled: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class TensorPlan(_Model):
@@ -225,7 +225,7 @@ class TensorPlan(_Model):
 
     @property
     def is_levelled(self) -> bool:
-        return self.blend is not None and self.blend.levelled
+        return self.blend is not None and self.blend.levelled > 0
 
     @model_validator(mode="after")
     def _sound(self) -> TensorPlan:

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .findings import Findings
 from .folding import Folder
 from .identity import Files, plan_work
-from .levelling import can_level
+from .levelling import apart, can_level
 from .needs import plan_room
 from .overlap import Counts, chance, jaccard, stages, tau_notes
 from .plan_checks import core_file
@@ -76,8 +76,8 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
     blended = [spec for spec in inputs.tensors if _action(spec, findings[spec.name]) == "blend"]
     blends, coefficients_xxh3 = folder.fold_all(blended, directory)
     for spec in blended:
-        if recipe.levels and _can_level(spec, findings[spec.name]):
-            blends[spec.name] = blends[spec.name].model_copy(update={"levelled": True})
+        if recipe.levels and can_level(spec.shape, spec.layer):
+            blends[spec.name] = blends[spec.name].model_copy(update={"levelled": apart(folder.gram_of(spec))})
     return Plan(
         cpimerge=__version__,
         recipe=recipe.text,
@@ -95,11 +95,6 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
         coefficients_xxh3=coefficients_xxh3,
         tensors=[_tensor(inputs, spec, findings[spec.name], blends.get(spec.name)) for spec in inputs.tensors],
     )
-
-
-def _can_level(spec: TensorSpec, found: Findings) -> bool:
-    """Whether several tasks moved a matrix that may be levelled: one task's update is in nobody's way."""
-    return can_level(spec.shape, spec.layer) and int(np.count_nonzero(found.updates[:, 0])) > 1
 
 
 def _layers(layers: Iterable[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from .budget import Budget
 from .checkpoint import ITEM_BYTES
 from .examination import examine
 from .kernels.floats import KINDS
@@ -51,11 +52,12 @@ class _Pace:
         return scale * max(self.computing * (1 - SHARE_PARALLEL + SHARE_PARALLEL / threads), self.waiting)
 
 
-def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float | None]:
+def seconds(inputs: Inputs, allowed: Budget, target: Path) -> tuple[float, float | None]:
     """Seconds that `plan` and `fuse` will take, without start-up. `target`'s disk is written to, and left as it was.
 
     None for `fuse` where that disk cannot be written. Raises CheckpointError where an input cannot be read.
     """
+    threads = allowed.threads
     elements = sum(spec.elements for spec in inputs.tensors if spec.is_float)
     output_bytes = sum(spec.elements * ITEM_BYTES[spec.dtype] for spec in inputs.tensors)
     planning, fusing = _Pace(), _Pace()
@@ -73,7 +75,7 @@ def seconds(inputs: Inputs, threads: int, target: Path) -> tuple[float, float | 
             if planning.computing + planning.waiting > TRY_SECONDS:
                 break
     rate = _disk_rate(target)
-    computing = fusing.seconds(elements, threads) + _level_seconds(inputs) / threads
+    computing = fusing.seconds(elements, threads) + _level_seconds(inputs) / _at_a_time(inputs, allowed.matrices)
     fuse_seconds = None if rate is None else max(computing, output_bytes / rate)
     return planning.seconds(elements, threads), fuse_seconds
 
@@ -129,6 +131,12 @@ def _level_seconds(inputs: Inputs) -> float:
         level(sample)
         taken = time.perf_counter() - started
     return taken * sum(map(level_work, shapes)) / level_work(TRY_MATRIX)
+
+
+def _at_a_time(inputs: Inputs, matrices: int) -> float:
+    """How many matrices are levelled at a time on the average, of so many at most: the largest takes as long alone."""
+    work = [level_work(spec.shape) for spec in levelled(inputs)]
+    return min(matrices, sum(work) / max(work)) if work else 1
 
 
 def _disk_rate(target: Path) -> float | None:

@@ -10,10 +10,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from resource import RLIMIT_NOFILE, getrlimit
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -157,12 +158,47 @@ class Buffers:
         self.holds: object = None  # what `raw` was read for
 
 
+class Whole(threading.BoundedSemaphore):
+    """Held by whoever holds a matrix whole. Once a job failed or nobody waits for results, no later one gets it.
+
+    A job is known by its number in the run of `Workers.map`. Entering raises CancelledError where it came too late.
+    """
+
+    def __init__(self, matrices: int) -> None:
+        super().__init__(matrices)
+        self.end: float = math.inf  # jobs from this number on are not wanted
+        self._local = threading.local()
+
+    def begin(self, number: int) -> None:
+        """The calling thread goes on with the job of this number."""
+        self._local.number = number
+
+    def __enter__(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        acquired = super().__enter__(blocking, timeout)
+        if self._number >= self.end:
+            self.release()
+            raise CancelledError
+        return acquired
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:  # before another gets it
+            self.end = min(self.end, self._number)
+        super().__exit__(kind, value, trace)
+
+    @property
+    def _number(self) -> int:
+        """-1 on a thread that is no worker."""
+        return getattr(self._local, "number", -1)
+
+
 class Workers:
     """A pool of threads with a `Buffers` each. Results come in the order of the items, whatever the thread count."""
 
     def __init__(self, threads: int, checkpoints: int, matrices: int = 1) -> None:
         self.threads = threads
-        self.whole = threading.BoundedSemaphore(matrices)  # held by whoever holds a matrix whole
+        self.whole = Whole(matrices)
         self._local = threading.local()
         self._sizes = (checkpoints, min(OPEN_FILES, getrlimit(RLIMIT_NOFILE)[0] // (4 * threads)))
         self._buffers: list[Buffers] = []
@@ -198,14 +234,22 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
         """Like `map`, in parallel; at most a few results wait, and the first exception ends the rest."""
         pending: deque[Future[Result]] = deque()
+        self.whole.end = math.inf
+
+        def run(number: int, item: Item) -> Result:
+            self.whole.begin(number)
+            return function(item)
+
         try:
-            for item in items:
-                pending.append(self._executor.submit(function, item))
+            for number, item in enumerate(items):
+                pending.append(self._executor.submit(run, number, item))
                 if len(pending) > PENDING * self.threads:
                     yield _next(pending)
             while pending:
                 yield _next(pending)
         finally:
+            if pending:
+                self.whole.end = 0  # who waits for it need not begin
             running = [future for future in pending if not future.cancel()]
             wait(running)  # nothing that they use may be closed under them
 

@@ -6,7 +6,7 @@ Written from the method, not from the code that fuses: of that, nothing is used 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ __all__ = [
 GAIN = 5.0  # on every singular value,
 CAP = 5.0  # up to so many root mean squares of all,
 LOW_RANK_CAP = 1.5  # or so many of their means, each weighted with itself, where that is more
+LEAST = 0.01  # of levelling; less is none
 LIMIT = 0.05  # of the Frobenius norm of the base, and times `rest`: no matrix is moved farther
 SHORTEST = 32  # side of a matrix that is levelled
 PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less than the columns
@@ -64,29 +65,36 @@ def is_matrix_of_layer(tensor: TensorPlan) -> bool:
     return len(tensor.shape) == 2 and min(tensor.shape) >= SHORTEST and layer_of(tensor.name) != ""
 
 
-def must_level(plan: Plan, recipe: Recipe | None, tensor: TensorPlan, changed: Sequence[int]) -> bool:
-    """Whether a blended tensor must be levelled, of which each task moved so many elements.
+def must_level(plan: Plan, recipe: Recipe, tensor: TensorPlan, gram: Doubles) -> float:
+    """How far a blended tensor must be levelled, whose members have these dot products [V, V]: 0 to 1.
 
-    Without a recipe, those that may be are as the plan says.
+    The effective number of updates, less one: Σᵢⱼ nᵢ·nⱼ / Σᵢⱼ nᵢ·nⱼ·cos²ᵢⱼ with the norms n of those that are not 0.
     """
-    if not is_matrix_of_layer(tensor) or sum(count > 0 for count in changed) < 2 or plan.settings.space != "delta":
-        return False
-    if recipe is None:
-        return tensor.is_levelled
-    return recipe.space == "delta" and recipe.rest > 0 and recipe.singular_values == "level"
+    levels = recipe.space == "delta" and recipe.rest > 0 and recipe.singular_values == "level"
+    if not levels or not is_matrix_of_layer(tensor) or plan.settings.space != "delta":
+        return 0.0
+    norms = [math.sqrt(gram[i, i]) for i in range(len(gram))]
+    every = [(i, j) for i in range(len(norms)) for j in range(len(norms)) if norms[i] > 0 and norms[j] > 0]
+    if not every:
+        return 0.0
+    with np.errstate(all="ignore"):  # of inputs that changed
+        alike = math.fsum(gram[i, j] ** 2 / (norms[i] * norms[j]) for i, j in every)
+        beyond = math.fsum(norms[i] * norms[j] for i, j in every) / alike - 1
+    return 0.0 if beyond < LEAST else min(1.0, beyond)
 
 
-def levelled(fold: Floats, most: float) -> Levelled:
+def levelled(fold: Floats, most: float, share: float = 1.0) -> Levelled:
     """Level `fold` float32 [rows, columns], in place: of each singular value σ comes min(GAIN·σ, cap).
 
     The cap is CAP·√(Σσ²/m) of the m singular values, or LOW_RANK_CAP·Σσ²/Σσ where that is more. The levelled matrix is
     U·diag(min(GAIN, cap/σ))·Uᵀ·F, where the columns of U are the left singular vectors of F; all of it scaled down to
-    the norm `most` where that is less. All NaN where F is not finite, or cannot be decomposed: then nothing follows.
+    the norm `most` where that is less. Of a `share` below 1, the rest of F stays. All NaN where F is not finite, or
+    cannot be decomposed: then nothing follows.
     """
     wide = fold if fold.shape[0] <= fold.shape[1] else fold.T
     before = _largest(wide)
     try:
-        change, scale = _change(wide, most) if math.isfinite(before) else (None, 1.0)
+        change, scale = _change(wide, most, share) if math.isfinite(before) else (None, 1.0)
     except np.linalg.LinAlgError:
         change, scale = None, 1.0
     if change is None:
@@ -95,7 +103,7 @@ def levelled(fold: Floats, most: float) -> Levelled:
     for part in _parts(wide):
         part[:] = change @ part.astype(np.float64)
     least = len(wide) * float(np.finfo(np.float32).tiny)  # below that float32 has fewer digits, or none
-    tolerance = TOLERANCE * (GAIN * scale * before + _largest(wide)) + (least if before else 0.0)
+    tolerance = TOLERANCE * ((1 - share + share * GAIN * scale) * before + _largest(wide)) + (least if before else 0.0)
     return Levelled(fold.reshape(-1), tolerance)
 
 
@@ -104,8 +112,8 @@ def most_of(square: float, rest: float) -> float:
     return LIMIT * rest * math.sqrt(square) if square > 0 else math.inf
 
 
-def _change(wide: Floats, most: float) -> tuple[Doubles, float]:
-    """U·diag(min(GAIN, cap/σ))·Uᵀ, scaled, float64 [m, m], and the scale.
+def _change(wide: Floats, most: float, share: float) -> tuple[Doubles, float]:
+    """U·diag(min(GAIN, cap/σ))·Uᵀ, scaled, float64 [m, m], and the scale; the identity beside a `share` of it.
 
     The eigenvalues of F·Fᵀ are σ², its eigenvectors are U.
     """
@@ -125,7 +133,7 @@ def _change(wide: Floats, most: float) -> tuple[Doubles, float]:
         factors[strong] = cap / sigmas[strong]
     norm = float(np.linalg.norm(factors * sigmas))
     scale = most / norm if norm > most else 1.0
-    change: Doubles = (vectors * (scale * factors)) @ vectors.T
+    change: Doubles = (vectors * (1 - share + share * scale * factors)) @ vectors.T
     return change, scale
 
 

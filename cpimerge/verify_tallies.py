@@ -45,6 +45,7 @@ class Tally:
     fault: Fault | None = None
     problem: str = ""
     gram: npt.NDArray[np.float64] | None = None  # of the row that is not complete
+    products: npt.NDArray[np.float64] | None = None  # [V, V] ⟨vᵢ, vⱼ⟩ over all rows that are complete
     deviation: float = 0.0
     steps: Steps = field(default_factory=Steps)
 
@@ -134,6 +135,8 @@ class Tallies:
             tally.gram = gram
             return
         tally.gram = None
+        products = gram.sum(axis=0)
+        tally.products = products if tally.products is None else tally.products + products
         assert self.numbers is not None
         rest = float(self.numbers.recipe.rest) if self.plan.settings.space == "delta" else 1.0
         found = self.coefficients(tally.planned, chunk, rows)
@@ -217,10 +220,9 @@ class Tallies:
             findings.fail(file, f"its action is {tensor.action!r}, and its inputs {which}", tensor.name)
         found: dict[str, Any] = {"claimed": tally.claimed}
         said: dict[str, Any] = {"claimed": tensor.claimed}
-        if tensor.blend is not None:
-            recipe = None if self.numbers is None else self.numbers.recipe
-            found["levelled"] = must_level(self.plan, recipe, tensor, tally.updates[:, 0].tolist())
-            said["levelled"] = tensor.is_levelled
+        if tensor.blend is not None and self.numbers is not None and tally.products is not None:
+            found["levelled"] = must_level(self.plan, self.numbers.recipe, tensor, tally.products)
+            said["levelled"] = tensor.blend.levelled
         for number, name in enumerate(self._names if tensor.tasks else ()):
             task = tensor.tasks[name]
             changed, near, rounding = tally.updates[number].tolist()

@@ -301,7 +301,8 @@ class _Pass:
                 members = [values[number] - values[0] for number in self.rules.fold]
                 coefficients = self.tallies.coefficients(planned, job.chunk, self.parts.rows)
                 fold[job.chunk.start : job.chunk.stop] = folded(members, coefficients)
-            return levelled(fold.reshape(planned.shape), most_of(square, self.plan.settings.rest))
+            share = planned.blend.levelled if planned.blend else 0.0
+            return levelled(fold.reshape(planned.shape), most_of(square, self.plan.settings.rest), share)
 
     def _look(self, tensor: OutputTensor, job: Job, handle: int, file: OutputFile, update: Levelled | None) -> _Result:
         """`update`: of a levelled tensor what its fold became."""

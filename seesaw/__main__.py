@@ -15,11 +15,12 @@ import torch
 from . import prospects, relations, results, staging
 from .bench import Bench
 from .forgetting import forgetting
+from .rates import rates
 from .tables import write_tables
 from .tasks import main_tasks, related_tasks
 from .training import Learner, Schedule
 
-PARTS = ("encoder", "causal", "relations", "prospects", "tables")
+PARTS = ("encoder", "rates", "causal", "relations", "prospects", "tables")
 SEEDS = (0, 1, 2)
 ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
 CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
@@ -45,6 +46,8 @@ def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
         _write("sweep", list(results.sweep(benches)))
         _write("staging", list(staging.sweep(benches)))
         _write("forgetting", [asdict(each) for each in forgetting(benches)])
+    if "rates" in parts:
+        _write("rates", [asdict(row) for row in rates(encoder_benches(options.folder, options.seeds[:1]))])
     if "causal" in parts:
         tuned_on = encoder_benches(options.folder, SEEDS)
         results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")

@@ -21,6 +21,7 @@ DEFAULTS: Parameters = {  # cpimerge's; a test holds them to that
     "singular_values": "level",
 }
 KEPT: Parameters = {"singular_values": "keep"}
+AVERAGE: Parameters = {"density": 0, "space": "weights"}
 PAPER: Parameters = {"density": 0.01, "scope": "global", "tau": 0.1, "conflict": "last", "space": "weights"}
 
 

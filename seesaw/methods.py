@@ -19,7 +19,7 @@ import cpimerge
 from cpimerge.plan_file import Plan
 
 from .bench import Bench
-from .merging import DEFAULTS, KEPT, PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .merging import AVERAGE, DEFAULTS, KEPT, PAPER, Parameters, fused, mergekits, recipe, save_like, written
 from .spectral import spectral
 from .training import Freeze
 
@@ -86,7 +86,7 @@ def dpi(bench: Bench) -> Path:
 
 def average(bench: Bench) -> Path:
     """The plain average of the experts."""
-    return merged(bench, {"density": 0, "space": "weights"})
+    return merged(bench, AVERAGE)
 
 
 def cpi_ft(bench: Bench, name: str, parameters: Parameters, freeze: Literal["prior", "all"] | None = "prior") -> Path:

@@ -26,13 +26,12 @@ from cpimerge.prospects import UNEQUAL as LIMIT
 from cpimerge.prospects import size, unequal
 
 from .bench import Bench, Scores
-from .merging import DEFAULTS, Parameters, recipe, written
+from .merging import AVERAGE, DEFAULTS, recipe, written
 from .tasks import Row, Task
 from .training import Schedule, accuracy
 
 DRAWS = 12  # recipes of a seed
 ROWS = 100  # of a task to score on, of its validation rows
-AVERAGE: Parameters = {"density": 0, "space": "weights"}
 
 
 @dataclass(frozen=True, slots=True)

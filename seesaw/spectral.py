@@ -1,4 +1,4 @@
-"""Data-free merges that work on the singular vectors of each matrix, for comparison: cpimerge has none of them.
+"""Data-free merges that work on the singular vectors of each matrix, for comparison with cpimerge's levelling.
 
 They are slower by orders of magnitude than what works element by element: every matrix of every expert is decomposed.
 """

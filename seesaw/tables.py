@@ -40,6 +40,7 @@ def tables() -> Mapping[str, Sequence[str]]:
     found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
     found["staging"] = [*staging_rows(json.loads((RESULTS / "staging.json").read_text()))]
     found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
+    found["rates"] = [*rate_rows(json.loads((RESULTS / "rates.json").read_text()))]
     found["sweep"] = [*sweep_rows(json.loads((RESULTS / "sweep.json").read_text()))]
     return found
 
@@ -91,6 +92,15 @@ def staging_rows(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _counts(stages: Sequence[int]) -> str:
     """The numbers of stages of all seeds: one, where they are equal."""
     return "/".join(map(str, stages if len(set(stages)) > 1 else stages[:1]))
+
+
+def rate_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each rate and merge: what is kept of the experts in the mean and in the worst task, in percent."""
+    yield "| rate | merge | mean of experts | worst task |"
+    yield "|---|---|--:|--:|"
+    for each in rows:
+        cells = (_cell(*spread(each[which])) for which in ("means", "worst"))
+        yield f"| × {each['multiple']} | {each['merge']} | " + " | ".join(cells) + " |"
 
 
 def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

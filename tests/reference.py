@@ -110,6 +110,7 @@ class Result:
     fold: list[str]  # the backbone, then the folded tasks: the columns of `coefficients`
     disposition: dict[str, str]  # tensor -> "copied" (not float) | "identical" | "fused"
     coefficients: dict[str, F64]  # fused tensor -> [units, len(fold)], without `rest`
+    levelled: dict[str, float]  # fused tensor -> how far its singular values are made level, 0 to 1
     tolerance: dict[str, F64]  # levelled tensor -> [n]: how far `fused32` may be from what float32 gives; 0 in cores
     steps: dict[str, list[list[Step]]]  # fused tensor -> unit -> step
     stats: dict[str, dict[str, Stats]]  # task -> every float tensor -> counts
@@ -427,6 +428,20 @@ def level(update: F64, most: float = math.inf) -> F64:
     return levelled * min(1.0, most / float(np.linalg.norm(levelled)))
 
 
+def apart(vectors: Sequence[F32]) -> float:
+    """How many updates these are in effect, less one, from 0 to 1; nothing below a hundredth."""
+    moved = [vector.astype(np.float64) for vector in vectors if vector.any()]
+    norms = [float(np.linalg.norm(vector)) for vector in moved]
+    alike = [
+        n * m * (float(v @ w) / (n * m)) ** 2 for v, n in zip(moved, norms, strict=True)
+        for w, m in zip(moved, norms, strict=True)
+    ]  # fmt: skip
+    if not moved:
+        return 0.0
+    number = math.fsum(norms) ** 2 / math.fsum(alike)
+    return 0.0 if number < 1.01 else min(1.0, number - 1)
+
+
 def most(base: F32, rest: Fraction) -> float:
     """The norm of a levelled update, at most: so much of the base's; anything where the base is 0."""
     norm = float(np.linalg.norm(base.astype(np.float64)))
@@ -595,26 +610,32 @@ class _Fuser:
             terms = sum(abs(ci) * np.abs(v.astype(np.float64)) for ci, v in zip(c, parts, strict=True))
             out.scale[name][here] = terms if plain else float(self.s.rest) * terms + np.abs(base)
             folded32[line] = blend32([v[line] for v in vectors], c * float(self.s.rest), None, self.s.rest)
-        if self.levels(name):
+        out.levelled[name] = self.share(name, [vector[free] for vector in vectors])
+        if out.levelled[name]:
             self.level(name, folded32, folded)
 
-    def levels(self, name: str) -> bool:
-        """Whether the singular values are made level: of a matrix of a layer that several tasks moved."""
-        base = self.base[name]
-        moved = [task for task in self.experts if magnitude(self.experts[task][name], base).any()]
+    def share(self, name: str, vectors: Sequence[F32]) -> float:
+        """How far the singular values are made level, where `vectors` are folded: of a matrix of a layer."""
         on = self.s.space == "delta" and self.s.rest > 0 and self.s.singular_values != "keep"
-        return on and is_matrix_of_a_layer(name, base) and len(moved) > 1
+        return apart(vectors) if on and is_matrix_of_a_layer(name, self.base[name]) else 0.0
 
     def level(self, name: str, folded32: F32, folded: F64) -> None:
         """Put the levelled fold in place of what `blend` has settled: `folded32` as float32 has it, and in float64."""
         out, base, shape = self.result, f32(self.base[name]), tuple(self.base[name].shape)
         matrix = folded32.astype(np.float64).reshape(shape)
         limit = most(base, self.s.rest)
-        out.fused32[name] = base + level(matrix, limit).reshape(-1).astype(np.float32)
-        out.ideal[name] = base + level(folded.reshape(shape), limit).reshape(-1)
+        share = out.levelled[name]
+
+        def partly(update: F64) -> F64:
+            return (1 - share) * update + share * level(update, limit)
+
+        out.fused32[name] = base + partly(matrix).reshape(-1).astype(np.float32)
+        out.ideal[name] = base + partly(folded.reshape(shape)).reshape(-1)
         reached = float(np.linalg.norm(level(matrix)))
         scaled_down = min(1.0, limit / reached) if reached else 1.0
-        out.tolerance[name] = scaled_down * level_error(matrix).reshape(-1) + 2.0**-24 * np.abs(out.ideal[name])
+        out.tolerance[name] = (1 - share + share * scaled_down) * level_error(matrix).reshape(-1) + 2.0**-24 * np.abs(
+            out.ideal[name]
+        )
 
     def write_cores(self, name: str) -> None:
         """Transplant: every element in some task's core."""
@@ -674,7 +695,7 @@ def run(
         backbone=backbone,
         fold=[backbone] + [task for task in order if task != backbone],
         stats={t: {x: stats_of(experts[t][x], base[x], cores[t][x]) for x in floats} for t in tasks},
-        disposition={}, coefficients={}, steps={}, fused={}, ideal={}, fused32={}, scale={}, tolerance={},
+        disposition={}, coefficients={}, steps={}, fused={}, ideal={}, fused32={}, scale={}, levelled={}, tolerance={},
     )  # fmt: skip
     fuser = _Fuser(base, experts, extra, s, backbone, order, cores, result, coefficients)
     for name in base:

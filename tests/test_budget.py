@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from cpimerge import budget as budgets
 from cpimerge.budget import RUNTIME_BYTES, Budget, format_size, parse_size
 from cpimerge.errors import ResourceError
 
@@ -69,3 +73,46 @@ def test_what_makes_no_sense_is_refused() -> None:
         Budget.divide(1, 0, None)
     with pytest.raises(ResourceError, match="memory: 'lots' is not a size"):
         Budget.divide(1, 1, "lots")
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit"),
+    [
+        (["max\n", None], None),
+        ([None, None], None),
+        (["1000000\n", None], 1_000_000),
+        ([None, "2000000\n"], 2_000_000),
+        ([None, "9223372036854771712\n"], None),  # version 1's way to say that there is none
+        (["3000000", "2000000"], 2_000_000),
+        (["", "\xff"], None),
+    ],
+)
+def test_the_machine_is_no_larger_than_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str | None], limit: int | None
+) -> None:
+    places = tmp_path / "2", tmp_path / "1"
+    for place, text in zip(places, texts, strict=True):
+        if text is not None:
+            place.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(budgets, "CONTAINER_LIMITS", places)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert budgets._machine_bytes() == (limit or physical)
+
+
+def test_the_default_is_no_more_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many threads in a small container: more than they need is not asked for."""
+    monkeypatch.setattr(budgets, "_machine_bytes", lambda: 1000 * MB)
+    assert Budget.divide(MB, 16, None) == Budget(16, 1000 * MB)
+    least = RUNTIME_BYTES + 16 * 40 * MB
+    assert Budget.divide(40 * MB, 16, None).peak_bytes == 1000 * MB > least
+    with pytest.raises(ResourceError, match=r"^memory: the models take 1040 MB on 16 threads, and .* has 1\.0 GB\. "):
+        Budget.divide(50 * MB, 16, None)
+
+
+def test_the_refusal_of_a_machine_names_levelled_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "_machine_bytes", lambda: 400 * MB)
+    way_out = "Use fewer threads or fewer models; of an adapter, see whether its rank makes sense"
+    for matrix, more in ((0, ""), (300 * MB, ". Levelled matrices take 300 MB of it (singular_values)")):
+        with pytest.raises(ResourceError) as error:
+            Budget.divide(200 * MB, 1, None, matrix)
+        assert str(error.value).endswith(way_out + more)

@@ -23,6 +23,8 @@ import reference
 import torch
 from checkpoints import save, write_recipe
 from files import tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import cpimerge
@@ -46,7 +48,9 @@ from cpimerge.levelling import (
     CAP,
     CAP_OF_LOW_RANK,
     GAIN,
+    LEAST,
     LIMIT,
+    apart,
     can_level,
     level,
     level_bytes,
@@ -320,7 +324,6 @@ def test_the_plan_says_what_is_levelled(models: Path) -> None:
     [
         ({"singular_values": "level"}, True),
         ({"rest": 0.01}, True),
-        ({"density": 1}, True),
         ({"granularity": "row"}, True),
         ({"singular_values": "keep"}, False),
         ({"rest": 0}, False),
@@ -340,6 +343,70 @@ def test_when_it_is_levelled(models: Path, tmp_path: Path, parameters: dict[str,
     assert {tensor.name for tensor in plan.tensors if tensor.is_levelled} == (set(MATRICES) if expected else set())
     inputs = preflight.check(cpimerge.load_recipe(path))
     assert {spec.name for spec in needs.levelled(inputs)} == (set(MATRICES) if expected else set())
+
+
+def test_what_is_all_in_cores_is_not_levelled(models: Path, tmp_path: Path) -> None:
+    both = [{"model": models / "a"}, {"model": models / "b"}]
+    path = write_recipe(tmp_path / "r.yml", base_model=models / "base", models=both, parameters={"density": 1})
+    assert not any(tensor.is_levelled for tensor in cpimerge.plan(path, tmp_path / "plan", threads=1).tensors)
+
+
+def together(*updates: torch.Tensor) -> float:
+    """How far these updates are apart."""
+    flat = torch.stack([update.flatten() for update in updates]).double()
+    return apart((flat @ flat.T).numpy())
+
+
+def test_how_far_updates_are_apart() -> None:
+    a, b, c = torch.eye(3)
+    assert together(a, a) == together(a, 2 * a, 0 * a) == together(a) == together(0 * a, 0 * a) == 0
+    assert together(a, -3 * a) == 0  # one direction, too
+    assert together(a, b) == together(a, b, c) == together(a, b, 0 * a) == 1
+    assert together(a, b + a) == pytest.approx((1 + 2**0.5) ** 2 / (3 + 2**0.5) - 1)
+    assert together(a, 0.25 * b) == pytest.approx(1.25**2 / (1 + 0.25**2) - 1)
+    assert together(a, 1e-3 * b) == 0  # less than LEAST
+    assert together(a, 0.006 * b) == pytest.approx(1.006**2 / (1 + 0.006**2) - 1)
+    assert together(a, 0.006 * b) > LEAST
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+@settings(max_examples=50)
+def test_it_depends_on_no_scale_and_no_order(seed: int, count: int) -> None:
+    updates = torch.randn(count, 20, generator=torch.Generator().manual_seed(seed)).double()
+    updates[0] *= 3
+    share = together(*updates)
+    assert 0 <= share <= 1
+    assert together(*(7 * updates)) == pytest.approx(share, rel=1e-9, abs=1e-12)
+    assert together(*updates.flip(0)) == pytest.approx(share, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("most", [math.inf, 0.5])
+def test_of_a_share_the_rest_stays(share: float, most: float) -> None:
+    update = np.random.default_rng(0).normal(size=(40, 70)).astype(np.float32)
+    found, whole = update.copy(), update.copy()
+    level(found, most, share)
+    level(whole, most)
+    np.testing.assert_allclose(found, (1 - share) * update + share * whole, rtol=0, atol=2e-5)
+
+
+def test_a_model_with_itself_is_that_model(models: Path, tmp_path: Path) -> None:
+    """And one beside another that hardly moved is what the fold makes of the two."""
+    moved = load_file(models / "a" / "model.safetensors")
+    base = load_file(models / "base" / "model.safetensors")
+    hardly = {name: tensor + (moved[name] - tensor).flip(0) * 1e-4 for name, tensor in base.items()}
+    for name, tensors in {"base": base, "a": moved, "b": moved, "hardly": hardly}.items():
+        save(tmp_path / name, tensors)
+    cpimerge.merge(recipe(tmp_path, parameters={"density": 0}), tmp_path / "out", threads=1)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, moved[name])
+    save(tmp_path / "b", hardly)
+    written = []
+    for values in ("level", "keep"):
+        path = recipe(tmp_path, parameters={"density": 0, "singular_values": values})
+        cpimerge.merge(path, tmp_path / values, threads=1)
+        written.append(load_file(tmp_path / values / "model.safetensors"))
+    assert all(torch.equal(written[0][name], written[1][name]) for name in base)
 
 
 def test_one_tasks_update_is_left_as_it_is(models: Path, tmp_path: Path) -> None:
@@ -432,13 +499,13 @@ def test_as_many_matrices_at_a_time_as_there_is_room_for(
     inside, most, lock = 0, [0], threading.Lock()
     meeting = threading.Barrier(1)
 
-    def counted(update: np.ndarray, most_of_it: float) -> None:
+    def counted(update: np.ndarray, most_of_it: float, share: float) -> None:
         nonlocal inside
         with lock:
             inside += 1
             most.append(inside)
         meeting.wait(timeout=60)
-        level(update, most_of_it)
+        level(update, most_of_it, share)
         with lock:
             inside -= 1
 
@@ -459,17 +526,17 @@ class Stop(BaseException):
     """In place of Ctrl-C, at a chosen moment."""
 
 
-def failing(at: int, error: BaseException) -> Callable[[np.ndarray, float], None]:
+def failing(at: int, error: BaseException) -> Callable[[np.ndarray, float, float], None]:
     """`level`, which raises at call `at`, from 1, with half of its work done."""
     calls = 0
 
-    def fail(update: np.ndarray, most: float) -> None:
+    def fail(update: np.ndarray, most: float, share: float) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             update[: len(update) // 2] *= 3
             raise error
-        level(update, most)
+        level(update, most, share)
 
     return fail
 
@@ -522,11 +589,11 @@ from cpimerge import fuse, fusion, stream, writer
 stream.CHUNK, writer.FLUSH_BYTES = 1_000, 1
 level, calls = fusion.level, []
 
-def kill(update, most):
+def kill(update, most, share):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    level(update, most)
+    level(update, most, share)
 
 fusion.level = kill
 fuse(sys.argv[1], sys.argv[2], threads=1)
@@ -562,13 +629,14 @@ INDEX = PLACE[0] * 40 + PLACE[1]
 
 
 def save_at(home: Path, base: float, update: float, own: float) -> None:
-    """Matrices of 32 x 40 that are `base` and are moved by `update` in one place, by `own` in a place of each, and by
-    a little elsewhere."""
+    """Matrices of 32 x 40 that are `base`, each moved by `update` in one place, by `own` in a place of its own, and by
+    hardly anything elsewhere. Without `own`, the place of the second is another one."""
     start = torch.full((32, 40), base)
     save(home / "base", {"model.layers.0.w": start})
     for number, task in enumerate("ab"):
-        noise = torch.randn(32, 40, generator=torch.Generator().manual_seed(number)) * (update * 1e-3)
-        noise[PLACE], noise[10 + number, 2] = update, own
+        noise = torch.randn(32, 40, generator=torch.Generator().manual_seed(number)) * (update * 1e-6)
+        noise[10 + number, 2] = own
+        noise[PLACE if own or not number else (20, 5)] = update
         save(home / task, {"model.layers.0.w": start + noise})
 
 
@@ -581,7 +649,7 @@ TOO_LARGE_FOR_HALF = "does not fit float16. Set dtype: bfloat16 or float32 in th
     [
         (65_000.0, 500.0, 0.0, "float16", TOO_LARGE_FOR_HALF, True),
         (0.0, 3.3e38, 3.3e38, None, TOO_LARGE, False),  # the fold is: at an angle of 60 degrees, 1.15 times as large
-        (0.0, 3e38, 0.0, None, TOO_LARGE, True),  # what it is levelled to is
+        (0.0, 3.3e38, 0.0, None, TOO_LARGE, True),  # what it is levelled to is
     ],
     ids=["output", "fold", "levelled"],
 )
@@ -637,10 +705,10 @@ def test_an_input_that_changes_between_its_two_reads(models: Path, tmp_path: Pat
     with small_chunks():
         cpimerge.plan(recipe(home), home / "plan", threads=1, force=True)
 
-    def change(update: np.ndarray, most: float) -> None:
+    def change(update: np.ndarray, most: float, share: float) -> None:
         nonlocal calls
         calls += 1
-        level(update, most)
+        level(update, most, share)
         if calls == len(MATRICES):
             with file.open("r+b") as handle:
                 handle.seek(offset)

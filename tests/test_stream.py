@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -131,6 +133,89 @@ def test_map_ends_when_nothing_runs_any_more() -> None:
 def test_map_raises_what_a_worker_raised() -> None:
     with workers(2, 1) as pool, pytest.raises(ZeroDivisionError):
         list(pool.map(lambda item: 1 // (3 - item), range(100)))
+
+
+def test_a_matrix_is_not_begun_after_an_earlier_job_failed() -> None:
+    """Those that wait for their turn meanwhile leave without it, and what failed is told."""
+    inside = threading.Event()
+    begun: list[int] = []
+    waiting = threading.Barrier(4, timeout=60)
+
+    def work(number: int) -> None:
+        if 0 < number < 4:
+            assert inside.wait(timeout=60)  # the first has it
+            waiting.wait()
+        with pool.whole:
+            begun.append(number)
+            inside.set()
+            waiting.wait()
+            raise ZeroDivisionError(number)
+
+    with workers(4, 1) as pool:
+        with pytest.raises(ZeroDivisionError, match="0"):
+            list(pool.map(work, range(9)))
+        assert begun == [0]
+        assert list(pool.map(partial(hold, pool), range(9))) == list(range(9))  # as if nothing had been
+
+
+def hold(pool: stream.Workers, number: int) -> int:
+    with pool.whole:
+        return number
+
+
+def test_a_matrix_before_the_one_that_failed_is_done() -> None:
+    """Its result comes first, whoever has had the matrix first."""
+    inside = threading.Event()
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        if number == 0:
+            assert inside.wait(timeout=60)
+        with pool.whole:
+            begun.append(number)
+            if number == 1:
+                inside.set()
+                raise ZeroDivisionError
+            return number
+
+    with workers(2, 1) as pool:
+        results = pool.map(work, range(2))
+        assert next(results) == 0
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert begun == [1, 0]
+
+
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_no_matrix_is_begun_when_nobody_waits_for_results(matrices: int) -> None:
+    """As after Ctrl-C, while the main thread waits for what is running."""
+    begun: list[int] = []
+    held = threading.Barrier(matrices + 1, timeout=60)
+    release = threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            return
+        with pool.whole:
+            begun.append(number)
+            held.wait()
+            assert release.wait(timeout=60)
+
+    def stopping(futures: list[Future[None]]) -> None:
+        release.set()
+        wait(futures)
+
+    with workers(4, 1, matrices) as pool, mock.patch.object(stream, "wait", stopping):
+        results = pool.map(work, range(9))
+        next(results)
+        held.wait()
+        results.close()
+    assert len(begun) == matrices
+
+
+def test_no_more_matrices_at_a_time_than_there_may_be() -> None:
+    with workers(1, 1, 2) as pool, pool.whole, pool.whole:
+        assert not pool.whole.acquire(blocking=False)
 
 
 # --- reading ----------------------------------------------------------------------------------------
