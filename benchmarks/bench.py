@@ -33,7 +33,7 @@ class Section:
 
 
 SECTIONS = {
-    "main": Section(main_section, 3, 12, "cpimerge beside cat, a flushed copy and mergekit; start-up; predictions"),
+    "main": Section(main_section, 3, 13, "cpimerge beside cat, a flushed copy and mergekit; start-up; predictions"),
     "scopes": Section(
         sections.scopes,
         3,

@@ -47,7 +47,7 @@ PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less
 
 
 def can_level(shape: Sequence[int], layer: str) -> bool:
-    """Whether a tensor of `layer` ('': of none) is levelled where several tasks moved it: a matrix of a layer.
+    """Whether a tensor of `layer` ('': of none) is levelled where its updates are apart: a matrix of a layer.
 
     Embeddings are not: their rows are tokens, and most rows nobody moved.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .kernels.singles import MOST
 from .levelling import can_level, level_bytes
 from .passes import CROWDED
 from .pieces import travel_bytes
-from .plan_file import Plan
+from .plan_file import Plan, TensorPlan
 from .plan_files import Room
 from .preflight import Inputs, TensorSpec, pools
 from .selection import BIN_BITS
@@ -116,7 +116,7 @@ def check_disk(needed: int, directory: Path) -> None:
 
 def worker_bytes(inputs: Inputs, *, levels: bool = True) -> int:
     """What one worker thread needs at least for `plan` and then `fuse`; for `fuse` without `levels`, but for that."""
-    waiting = max((_result(spec.shape, spec.dtype) for spec in levelled(inputs) if levels), default=0)
+    waiting = _largest(_result, levelled(inputs)) if levels else 0
     fuse = _fuse_worker_bytes(len(inputs.checkpoints), len(inputs.recipe.tasks)) + PENDING * waiting
     least = max(_plan_worker_bytes(inputs), fuse)
     return least + sum(checkpoint.scratch_bytes for checkpoint in inputs.checkpoints)
@@ -124,19 +124,19 @@ def worker_bytes(inputs: Inputs, *, levels: bool = True) -> int:
 
 def fuse_worker_bytes(plan: Plan) -> int:
     """What one worker thread needs at least for `fuse`."""
-    waiting = max((_result(tensor.shape, tensor.dtype) for tensor in plan.tensors if tensor.is_levelled), default=0)
+    waiting = _largest(_result, _planned(plan))
     least = _fuse_worker_bytes(len(plan.inputs), len(plan.tasks)) + PENDING * waiting
     return least + sum(entry.scratch_bytes for entry in plan.inputs)
 
 
 def matrix_bytes(inputs: Inputs) -> int:
     """What the largest matrix that may be levelled takes while `fuse` holds it whole; 0 where there is none."""
-    return max((_matrix(spec.shape, spec.dtype) for spec in levelled(inputs)), default=0)
+    return _largest(_matrix, levelled(inputs))
 
 
 def fuse_matrix_bytes(plan: Plan) -> int:
     """What the largest levelled matrix takes while `fuse` holds it whole; 0 where there is none."""
-    return max((_matrix(tensor.shape, tensor.dtype) for tensor in plan.tensors if tensor.is_levelled), default=0)
+    return _largest(_matrix, _planned(plan))
 
 
 def levelled(inputs: Inputs) -> list[TensorSpec]:
@@ -144,6 +144,15 @@ def levelled(inputs: Inputs) -> list[TensorSpec]:
     if not inputs.recipe.levels or len(inputs.checkpoints) < 3:  # one update is in nobody's way
         return []
     return [spec for spec in inputs.tensors if spec.is_float and can_level(spec.shape, spec.layer)]
+
+
+def _planned(plan: Plan) -> list[TensorPlan]:
+    return [tensor for tensor in plan.tensors if tensor.is_levelled]
+
+
+def _largest(size: Callable[[Sequence[int], str], int], tensors: Sequence[TensorSpec | TensorPlan]) -> int:
+    """The largest `size` of their shapes and dtypes; 0 where there are none."""
+    return max((size(tensor.shape, tensor.dtype) for tensor in tensors), default=0)
 
 
 def _matrix(shape: Sequence[int], dtype: str) -> int:

@@ -1,6 +1,6 @@
-"""Which tensors must be levelled, and what levelling makes of a fold, by METHOD §3 in float64.
+"""How far tensors must be levelled, and what levelling makes of a fold, by docs/levelling.md in float64.
 
-Written from the method, not from the code that fuses: of that, nothing is used here.
+Written once more from that rule, on purpose: of the code that plans and fuses, nothing is used here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Levelled:
 
 
 def is_matrix_of_layer(tensor: TensorPlan) -> bool:
-    """Whether a tensor is one of those that are levelled where several tasks moved them."""
+    """Whether a tensor is one of those that are levelled where their updates are apart."""
     return len(tensor.shape) == 2 and min(tensor.shape) >= SHORTEST and layer_of(tensor.name) != ""
 
 

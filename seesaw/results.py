@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from . import staging
-from .bench import Bench, Scores
+from .bench import Bench, Scores, Split
 from .candidates import MERGES, OWN, chosen, key, make, validated
 from .merging import Parameters
 from .methods import ABLATIONS, TRAINED
@@ -36,7 +36,7 @@ def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Lin
     What was measured before is read back.
     """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
-    yield Line("experts, each on its task", "reference", [_experts(bench) for bench in benches])
+    yield Line("experts, each on its task", "reference", [_experts(bench, "test") for bench in benches])
     for name in MERGES:
         settings = chosen(tuned_on, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
@@ -62,13 +62,7 @@ def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
 
     Both are means over the seeds, 0 to 1.
     """
-    best = [
-        {
-            name: bench.scores(f"expert-{name}-on-{name}", "validation", partial(bench.expert, task), [name])[name]
-            for name, task in bench.tasks.items()
-        }
-        for bench in benches
-    ]
+    best = [_experts(bench, "validation") for bench in benches]
     done = set()
     for name in OWN:
         for settings in MERGES[name].settings:
@@ -85,10 +79,10 @@ def _base(bench: Bench) -> Scores:
     return bench.scores("base", "test", lambda: bench.learner.base)
 
 
-def _experts(bench: Bench) -> Scores:
+def _experts(bench: Bench, split: Split) -> Scores:
     """The score of every expert on its own task."""
     return {
-        name: bench.scores(f"expert-{name}-on-{name}", "test", partial(bench.expert, task), [name])[name]
+        name: bench.scores(f"expert-{name}-on-{name}", split, partial(bench.expert, task), [name])[name]
         for name, task in bench.tasks.items()
     }
 
