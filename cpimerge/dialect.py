@@ -23,8 +23,8 @@ METHODS = {
     "task_arithmetic": "with lambda 1 and weights that add up to 1 it averages the models, "
     "as cpi does with density: 0 and space: weights (recipes/average.yml); else use mergekit for it",
     "ram": "at epsilon 0 it is cpi with density: 1, conflict: mean, space: delta and rest: 0",
-    "nuslerp": "two models with density: 0 are slerped by weight, their differences from the base unless space is "
-    "weights; for its other forms use mergekit",
+    "nuslerp": "two models with density: 0 are slerped, their differences from the base unless space is weights, with "
+    "equal weights or the first's share as its t; for its other forms use mergekit",
     "passthrough": "it copies layers, and cpimerge fuses whole models; " + _ELSE,
     "dare_linear": _RANDOM,
     "dare_ties": _RANDOM,

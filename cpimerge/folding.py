@@ -13,16 +13,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import combinations_with_replacement, groupby
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .blend import Fold, fold, shares
+from .blend import Fold, Share, fold, matrices, shares
 from .cores import npy_header
 from .growing import GrowingFile
+from .levelling import apart, can_level
 from .plan_file import COEFFICIENTS_FILE, Blend
 from .preflight import Inputs, TensorSpec
 from .stream import row_count
@@ -103,8 +104,18 @@ class Folder:
     def fold_all(self, tensors: Iterable[TensorSpec], directory: Path) -> tuple[dict[str, Blend], str | None]:
         """The blend of each tensor by name; under granularity row also coefficients.npy, and its xxh3-128."""
         ordered = sorted(tensors, key=lambda spec: self.first_row.get(spec.name, 0))
-        if self.inputs.recipe.granularity == "tensor":
-            return self._whole_tensors(ordered), None
+        blends, digest = (
+            (self._whole_tensors(ordered), None)
+            if self.inputs.recipe.granularity == "tensor"
+            else self._row_by_row(ordered, directory)
+        )
+        for spec in ordered:
+            if self.inputs.recipe.levels and can_level(spec.shape, spec.layer):
+                blends[spec.name] = blends[spec.name].model_copy(update={"levelled": self._apart(spec)})
+        return blends, digest
+
+    def _row_by_row(self, ordered: Sequence[TensorSpec], directory: Path) -> tuple[dict[str, Blend], str]:
+        """Tensors whose rows are a vector each: coefficients.npy has their coefficients."""
         digest = xxhash.xxh3_128()
         blends = {}
         shape = (self.grams.rows, len(self.members))
@@ -112,7 +123,7 @@ class Folder:
             file.append(npy_header(shape, "<f4"))
             for spec in ordered:
                 summary = _RowSummary()
-                for part in self._folds(self._omegas(spec), self.first_row.get(spec.name, 0), self._rows(spec)):
+                for part in self._folds(self._shares(spec), self.first_row.get(spec.name, 0), self._rows(spec)):
                     data = np.ascontiguousarray(part.coefficients, "<f4").tobytes()
                     file.append(data)
                     digest.update(data)
@@ -125,22 +136,19 @@ class Folder:
         """Tensors of one vector each; those that follow one another and share their weights are folded together."""
         nothing = Blend(coefficients=[0.0] * len(self.members), angles=[], steps=0, slerped=0)
         blends = {spec.name: nothing for spec in ordered if not self._rows(spec)}
-        for omegas, group in groupby((spec for spec in ordered if self._rows(spec)), key=self._omegas):
+        for steps, group in groupby((spec for spec in ordered if self._rows(spec)), key=self._shares):
             specs = list(group)
-            parts = self._folds(omegas, self.first_row[specs[0].name], len(specs))
+            parts = self._folds(steps, self.first_row[specs[0].name], len(specs))
             for spec, blend in zip(specs, (blend for part in parts for blend in _blends(part)), strict=True):
                 blends[spec.name] = blend
         return blends
 
-    def gram_of(self, spec: TensorSpec) -> Gram:
-        """Dot products of the members' vectors over the whole tensor, outside the cores: float64 [V, V]."""
-        total = np.zeros(len(self.members) * (len(self.members) + 1) // 2)
+    def _apart(self, spec: TensorSpec) -> float:
+        """How far apart the members' updates of the whole tensor are, outside the cores, 0 to 1."""
+        total = np.zeros((1, len(self.members) * (len(self.members) + 1) // 2))
         for part in self.grams.read(self.first_row.get(spec.name, 0), self._rows(spec)):
             total += part.sum(axis=0)
-        gram = np.zeros((len(self.members),) * 2)
-        for value, (i, j) in zip(total, combinations_with_replacement(range(len(self.members)), 2), strict=True):
-            gram[i, j] = gram[j, i] = value
-        return gram
+        return apart(matrices(total, range(len(self.members)))[0])
 
     def _rows(self, spec: TensorSpec) -> int:
         return row_count(spec.shape, self.inputs.recipe.granularity)
@@ -157,13 +165,13 @@ class Folder:
         names = self.inputs.names[self.inputs.first_member :]
         return [names.index(member) for member in self.members]
 
-    def _omegas(self, spec: TensorSpec) -> tuple[float, ...]:
+    def _shares(self, spec: TensorSpec) -> tuple[Share, ...]:
         weights = tuple(Fraction(1) if task is None else spec.weight[task] for task in self._tasks)
         return shares(weights, tuple(None if task is None else spec.t[task] for task in self._tasks))
 
-    def _folds(self, omegas: Sequence[float], first: int, rows: int) -> Iterator[Fold]:
+    def _folds(self, steps: Sequence[Share], first: int, rows: int) -> Iterator[Fold]:
         for gram in self.grams.read(first, rows):
-            yield fold(gram, self._order, omegas, float(self.inputs.recipe.rest))
+            yield fold(gram, self._order, steps, float(self.inputs.recipe.rest))
 
 
 def _blends(part: Fold) -> Iterator[Blend]:

@@ -20,7 +20,6 @@ from .checkpoint import Checkpoint
 from .findings import Findings
 from .folding import Folder
 from .identity import Files, plan_work
-from .levelling import apart, can_level
 from .needs import plan_room
 from .overlap import Counts, chance, jaccard, stages, tau_notes
 from .plan_checks import core_file
@@ -75,9 +74,6 @@ def _conclude(inputs: Inputs, findings: dict[str, Findings], files: PlanFiles, d
     folder = Folder(inputs, files.grams, first_row, members)
     blended = [spec for spec in inputs.tensors if _action(spec, findings[spec.name]) == "blend"]
     blends, coefficients_xxh3 = folder.fold_all(blended, directory)
-    for spec in blended:
-        if recipe.levels and can_level(spec.shape, spec.layer):
-            blends[spec.name] = blends[spec.name].model_copy(update={"levelled": apart(folder.gram_of(spec))})
     return Plan(
         cpimerge=__version__,
         recipe=recipe.text,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan_file import Blend
     from .recipe import Recipe
 
-__all__ = ["TOLERANCE", "Overlaps", "Steps", "deviation", "expected_of", "folded", "omegas", "stages_of"]
+__all__ = ["TOLERANCE", "Overlaps", "Steps", "deviation", "expected_of", "folded", "shares", "stages_of"]
 
 TOLERANCE = 1e-3  # where a step is at the border of slerp and lerp, rounding decides, which changes less than this
 EPSILON = 5e-4
@@ -113,23 +113,29 @@ def expected_of(pairs: Sequence[Counts], inwards: Sequence[Counts], tasks: int) 
     return whole + products
 
 
-def omegas(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[float]:
-    """ω of each step; both run over the members, the backbone first, whose constant has no meaning."""
+def shares(weights: Sequence[Fraction], constants: Sequence[Fraction | None]) -> list[tuple[float, float | None]]:
+    """Of each step the new member's weight by that of all before it (inf: they have none; 0/0 is 0), and a constant ω.
+
+    Both run over the members, the backbone first, whose constant has no meaning.
+    """
     steps = []
     for number in range(1, len(weights)):
-        total = sum(weights[: number + 1], Fraction(0))
-        constant = constants[number]
-        equal = weights[number] / total if total else Fraction(0)
-        steps.append(float(equal if constant is None else constant))
+        before, constant = sum(weights[:number], Fraction(0)), constants[number]
+        ratio = float(weights[number] / before) if before else math.inf if weights[number] else 0.0
+        steps.append((ratio, None if constant is None else float(constant)))
     return steps
 
 
-def folded(gram: Doubles, steps: Sequence[float], rest: float) -> tuple[Doubles, Doubles]:
-    """`gram` [R, V, V] in fold order → coefficients [R, V], and the steps' angles in degrees [R, V − 1], or NaN."""
+def folded(gram: Doubles, steps: Sequence[tuple[float, float | None]], rest: float) -> tuple[Doubles, Doubles]:
+    """`gram` [R, V, V] in fold order → coefficients [R, V], and the steps' angles in degrees [R, V − 1], or NaN.
+
+    Where ω is not constant, t is the part of the angle Ω for which sin(tΩ) / sin((1 − t)Ω) is the ratio of the weights
+    times the mean coefficient so far, each weighted: then all weights count alike.
+    """
     rows, members = gram.shape[:2]
     coefficients, angles = np.zeros((rows, members)), np.full((rows, members - 1), np.nan)
     coefficients[:, 0] = 1
-    for number, t in enumerate(steps, 1):
+    for number, (ratio, constant) in enumerate(steps, 1):
         known = coefficients[:, :number]
         terms = known[:, :, None] * known[:, None, :] * gram[:, :number, :number]
         square, size = terms.sum(axis=(1, 2)), np.abs(terms).sum(axis=(1, 2))
@@ -140,8 +146,16 @@ def folded(gram: Doubles, steps: Sequence[float], rest: float) -> tuple[Doubles,
         angle = np.arccos(cosine)
         straight = none | (np.abs(cosine) > 1 - EPSILON)
         sine = np.where(straight, 1, np.sin(angle))
-        coefficients[:, :number] *= np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)[:, None]
-        coefficients[:, number] = np.where(straight, t, np.sin(t * angle) / sine)
+        if constant is not None:
+            t = along = np.full(rows, constant)
+        elif math.isinf(ratio):
+            t = along = np.ones(rows)
+        else:
+            wanted = ratio * known.sum(axis=1)
+            t = wanted / (1 + wanted)
+            along = np.arctan2(wanted * sine, 1 + wanted * cosine) / np.where(straight, 1, angle)
+        coefficients[:, :number] *= np.where(straight, 1 - t, np.sin((1 - along) * angle) / sine)[:, None]
+        coefficients[:, number] = np.where(straight, t, np.sin(along * angle) / sine)
         angles[:, number - 1] = np.where(none, np.nan, np.degrees(angle))
     return coefficients * rest, angles
 

@@ -33,11 +33,11 @@ __all__ = [
     "sampled",
 ]
 
-GAIN = 5.0  # on every singular value,
-CAP = 5.0  # up to so many root mean squares of all,
+GAIN = 12.0  # on every singular value,
+CAP = 8.0  # up to so many root mean squares of all,
 LOW_RANK_CAP = 1.5  # or so many of their means, each weighted with itself, where that is more
 LEAST = 0.01  # of levelling; less is none
-LIMIT = 0.05  # of the Frobenius norm of the base, and times `rest`: no matrix is moved farther
+LIMIT = 0.03  # of the Frobenius norm of the base, and times `rest`: no matrix is moved farther
 SHORTEST = 32  # side of a matrix that is levelled
 PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less than the columns
 COLUMNS = 512  # at a time, so that there are never as many doubles as elements

@@ -18,7 +18,7 @@ from .plan_file import PLAN_FILE, Plan, TensorPlan
 from .stream import Chunk
 from .verify_cores import Pool, RecipeNumbers, layer_of
 from .verify_elements import Fault, Seen
-from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, expected_of, folded, omegas, stages_of
+from .verify_fold import TOLERANCE, Overlaps, Steps, deviation, expected_of, folded, shares, stages_of
 from .verify_levels import must_level
 from .verify_results import Failure, Findings
 from .verify_sources import changed_content, content_hash
@@ -141,16 +141,16 @@ class Tallies:
         rest = float(self.numbers.recipe.rest) if self.plan.settings.space == "delta" else 1.0
         found = self.coefficients(tally.planned, chunk, rows)
         with np.errstate(invalid="ignore", over="ignore"):  # of inputs that changed
-            expected, angles = folded(gram, self._omegas(tally.planned.name), rest)
+            expected, angles = folded(gram, self._shares(tally.planned.name), rest)
             tally.deviation = max(tally.deviation, deviation(found, expected))
             tally.steps.add(angles)
 
-    def _omegas(self, name: str) -> list[float]:
+    def _shares(self, name: str) -> list[tuple[float, float | None]]:
         assert self.numbers is not None
         numbers, tasks = self.numbers.of[name], [task.name for task in self.plan.tasks]
         places = [tasks.index(member) if member in tasks else None for member in self.plan.fold]
         weights = [Fraction(1) if place is None else numbers.weight[place] for place in places]
-        return omegas(weights, [None if place is None else numbers.t[place] for place in places])
+        return shares(weights, [None if place is None else numbers.t[place] for place in places])
 
     # --- what is concluded ---
 

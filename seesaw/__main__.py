@@ -7,6 +7,7 @@ import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 
 from . import prospects, relations, results, staging
 from .bench import Bench
+from .constants import constants
 from .forgetting import forgetting
 from .rates import rates
 from .tables import write_tables
 from .tasks import main_tasks, related_tasks
 from .training import Learner, Schedule
 
-PARTS = ("encoder", "rates", "causal", "relations", "prospects", "tables")
+PARTS = ("encoder", "causal", "constants", "rates", "relations", "prospects", "tables")
 SEEDS = (0, 1, 2)
 ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
 CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
@@ -40,17 +42,21 @@ def main() -> None:
 
 def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
     """These parts, in order."""
+    encoders = partial(encoder_benches, options.folder)
+    causals = partial(causal_benches, options.folder)
     if "encoder" in parts:
-        benches = encoder_benches(options.folder, options.seeds)
-        results.save([*results.measure(benches, benches), *results.ablate(benches)], "encoder")
+        benches = encoders(options.seeds)
+        results.save([*results.measure(benches, benches, causals(options.seeds)), *results.ablate(benches)], "encoder")
         _write("sweep", list(results.sweep(benches)))
         _write("staging", list(staging.sweep(benches)))
         _write("forgetting", [asdict(each) for each in forgetting(benches)])
-    if "rates" in parts:
-        _write("rates", [asdict(row) for row in rates(encoder_benches(options.folder, options.seeds[:1]))])
     if "causal" in parts:
-        tuned_on = encoder_benches(options.folder, SEEDS)
-        results.save(list(results.measure(causal_benches(options.folder, options.seeds), tuned_on)), "causal")
+        lines = results.measure(causals(options.seeds), encoders(SEEDS), causals(SEEDS))
+        results.save(list(lines), "causal")
+    if "constants" in parts:
+        _write("constants", list(constants(encoders(options.seeds), causals(options.seeds))))
+    if "rates" in parts:
+        _write("rates", [asdict(row) for row in rates(encoders(options.seeds), causals(options.seeds))])
     if "relations" in parts:
         train_related(options.folder)
         relations.main(options.folder, results.RESULTS)

@@ -23,15 +23,16 @@ class Merge:
     prefix: str
     make: Callable[[Bench, Parameters], Path]
     settings: Sequence[Parameters]
+    on_both: bool = False  # whether its settings are chosen on both models, instead of the encoder alone
 
 
 def _mergekits(method: str, *settings: Parameters) -> Merge:
     return Merge(f"mergekit-{method}", lambda bench, parameters: by_mergekit(bench, method, parameters), settings)
 
 
-def _spectral(method: str, *factors: float) -> Merge:
+def _spectral(method: str, *factors: float, on_both: bool = False) -> Merge:
     settings = [{"lambda": factor} for factor in factors]
-    return Merge(method, lambda bench, parameters: by_singular_vectors(bench, method, parameters), settings)
+    return Merge(method, lambda bench, parameters: by_singular_vectors(bench, method, parameters), settings, on_both)
 
 
 def _fusion(*settings: Parameters) -> Merge:
@@ -51,7 +52,7 @@ MERGES: Mapping[str, Merge] = {  # by the name in the tables
     "dare (linear)": _mergekits("dare_linear", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
     "dare (ties)": _mergekits("dare_ties", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
     "singular vectors: TSV-Merge": _spectral("tsv", 0.8, 1.0, 1.2),
-    "singular vectors: Iso-C": _spectral("iso", 1.5, 2.0, 2.5, 3.0, 3.5),
+    "singular vectors: Iso-C": _spectral("iso", 2.0, 2.5, 3.0, 3.5, 4.0, on_both=True),
     "fusion as in the paper": _fusion(PAPER),
     "fusion as in the paper, density chosen": _fusion(*(PAPER | {"density": p} for p in DENSITIES)),
     "localize-and-stitch": _fusion(
@@ -89,8 +90,9 @@ def key(name: str, parameters: Parameters) -> str:
     return "-".join((MERGES[name].prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
 
 
-def chosen(benches: Sequence[Bench], name: str) -> Parameters:
+def chosen(encoders: Sequence[Bench], causals: Sequence[Bench], name: str) -> Parameters:
     """The candidate with the best mean score on the validation rows, over tasks and seeds; the first of equals."""
+    benches = [*encoders, *causals] if MERGES[name].on_both else encoders
     return max(MERGES[name].settings, key=lambda parameters: mean_validation(benches, name, parameters))
 
 

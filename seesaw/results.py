@@ -30,20 +30,21 @@ class Line:
     settings: str = ""
 
 
-def measure(benches: Sequence[Bench], tuned_on: Sequence[Bench]) -> Iterator[Line]:
-    """Every method on the test rows, with settings chosen on the validation rows of `tuned_on`.
+def measure(benches: Sequence[Bench], encoders: Sequence[Bench], causals: Sequence[Bench]) -> Iterator[Line]:
+    """Every method on the test rows of `benches`, with settings chosen on the validation rows of the encoders.
 
-    What was measured before is read back.
+    Iso-C has its factor chosen on those of both models, as levelling's constants were. What was measured before is read
+    back.
     """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
-    yield Line("experts, each on its task", "reference", [_experts(bench, "test") for bench in benches])
+    yield Line("experts, each on its task", "reference", [expert_scores(bench, "test") for bench in benches])
     for name in MERGES:
-        settings = chosen(tuned_on, name)
+        settings = chosen(encoders, causals, name)
         scores = [bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in benches]
         yield Line(name, "merge", scores, _said(settings))
     for name, method in TRAINED.items():
         yield Line(name, "training", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
-    best = staging.chosen(tuned_on)
+    best = staging.chosen(encoders)
     yield Line("CPI-FT, chosen", "training", [staging.scored(bench, best, "test") for bench in benches], _said(best))
 
 
@@ -62,7 +63,7 @@ def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
 
     Both are means over the seeds, 0 to 1.
     """
-    best = [_experts(bench, "validation") for bench in benches]
+    best = [expert_scores(bench, "validation") for bench in benches]
     done = set()
     for name in OWN:
         for settings in MERGES[name].settings:
@@ -79,7 +80,7 @@ def _base(bench: Bench) -> Scores:
     return bench.scores("base", "test", lambda: bench.learner.base)
 
 
-def _experts(bench: Bench, split: Split) -> Scores:
+def expert_scores(bench: Bench, split: Split) -> Scores:
     """The score of every expert on its own task."""
     return {
         name: bench.scores(f"expert-{name}-on-{name}", split, partial(bench.expert, task), [name])[name]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from .constants import LOW_RANK, USUAL, Constants
 from .merging import DEFAULTS
 from .results import RESULTS, Line, figures, load, spread
 
@@ -41,6 +42,9 @@ def tables() -> Mapping[str, Sequence[str]]:
     found["staging"] = [*staging_rows(json.loads((RESULTS / "staging.json").read_text()))]
     found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
     found["rates"] = [*rate_rows(json.loads((RESULTS / "rates.json").read_text()))]
+    tried = json.loads((RESULTS / "constants.json").read_text())
+    found["constants"] = [*constants_rows(tried, USUAL)]
+    found["low-rank"] = [*constants_rows(tried, LOW_RANK)]
     found["sweep"] = [*sweep_rows(json.loads((RESULTS / "sweep.json").read_text()))]
     return found
 
@@ -101,6 +105,21 @@ def rate_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for each in rows:
         cells = (_cell(*spread(each[which])) for which in ("means", "worst"))
         yield f"| × {each['multiple']} | {each['merge']} | " + " | ".join(cells) + " |"
+
+
+def constants_rows(rows: Sequence[Mapping[str, Any]], tried: Sequence[Constants]) -> Iterator[str]:
+    """A row for each of `tried`: the mean of experts and the worst task of each kind of experts, means over seeds."""
+    kept = {(each["experts"], Constants(**each["constants"])): each for each in rows}
+    kinds = [kind for kind in dict.fromkeys(kind for kind, _ in kept) if (kind, tried[0]) in kept]
+    names = ("cap_of_low_rank",) if tried is LOW_RANK else ("gain", "cap", "limit")
+    yield "| " + " | ".join((*(name.replace("_", " ") for name in names), *kinds, "mean")) + " |"
+    yield "|" + "--:|" * (len(names) + len(kinds) + 1)
+    for these in sorted(set(tried), key=astuple):
+        found = [tuple(mean(kept[kind, these][which]) for which in ("means", "worst")) for kind in kinds]
+        found.append(tuple(map(mean, zip(*found, strict=True))))
+        shown = (f"{100 * middle:.1f} / {100 * worst:.1f}" for middle, worst in found)
+        mark = " (cpimerge's)" if these == Constants() else ""
+        yield "| " + " | ".join((*(f"{getattr(these, name):g}" for name in names), *shown)) + f"{mark} |"
 
 
 def sweep_rows(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

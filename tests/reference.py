@@ -30,10 +30,10 @@ NEAR = 1e-6  # a cosine this close to 1 - EPSILON may fall on either side of it 
 CANCELLED = 1e-4  # a fold whose norm is below this share of its terms' norms has no reliable direction
 
 SIDE = 32  # of a matrix that is levelled, at least
-GAIN = 5.0
-CAP = 5.0
+GAIN = 12.0
+CAP = 8.0
 CAP_OF_LOW_RANK = 1.5
-LIMIT = Fraction(5, 100)  # of the base's norm
+LIMIT = Fraction(3, 100)  # of the base's norm
 
 
 @dataclass(frozen=True)
@@ -360,15 +360,34 @@ def is_fragile(v: F64, v1: F64, cos: float | None, terms: float) -> bool:
     return cancelled or cos is None or abs(abs(cos) - (1 - EPSILON)) < NEAR
 
 
-def fold(vectors: Sequence[F64], tasks: Sequence[str], omega: Sequence[float]) -> tuple[F64, F64, list[Step]]:
-    """v <- slerp(v, v_i, omega_i), starting at vectors[0]: v, each vector's coefficient, the steps."""
+def even(cos: float | None, share: float, before: float) -> float:
+    """The t for which a new vector of this share of the weight gets as much for its weight as those before it had.
+
+    `before`: the sum of their coefficients. With the factors a and b of slerp, b / share = a·before / (1 - share).
+    """
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        t = (low + high) / 2
+        a, b, _ = shares(cos, t)
+        low, high = (t, high) if b * (1 - share) < a * before * share else (low, t)
+    return round((low + high) / 2) if share in (0, 1) else (low + high) / 2
+
+
+def fold(
+    vectors: Sequence[F64], tasks: Sequence[str], omega: Sequence[float], constant: Sequence[bool] = ()
+) -> tuple[F64, F64, list[Step]]:
+    """v <- slerp(v, v_i, omega_i), starting at vectors[0]: v, each vector's coefficient, the steps.
+
+    Where a step is not `constant` (all are, if none is said), its omega is a share of the weight: see `even`.
+    """
     v = vectors[0]
     coefficients = [1.0]
     steps: list[Step] = []
     norms = [math.sqrt(float(x @ x)) for x in vectors]
-    for task, v1, t in zip(tasks, vectors[1:], omega, strict=True):
+    for task, v1, share, fixed in zip(tasks, vectors[1:], omega, constant or [True] * len(omega), strict=True):
         cos = cosine(v, v1)
         terms = math.fsum(abs(c) * norm for c, norm in zip(coefficients, norms, strict=False))
+        t = share if fixed else even(cos, share, math.fsum(coefficients))
         a, b, proper = shares(cos, t)
         steps.append(Step(task, t, cos, proper, is_fragile(v, v1, cos, terms)))
         v = slerp(v, v1, t)
@@ -376,17 +395,19 @@ def fold(vectors: Sequence[F64], tasks: Sequence[str], omega: Sequence[float]) -
     return v, np.array(coefficients), steps
 
 
-def omegas(fold_order: Sequence[str], tensor: str, tasks: Iterable[str], s: Settings) -> list[float]:
-    """The interpolation factor of each folded task: its t, or its share of the weight so far; 0/0 is 0."""
+def omegas(fold_order: Sequence[str], tensor: str, tasks: Iterable[str], s: Settings) -> tuple[list[float], list[bool]]:
+    """Of each folded task its constant t, or its share of the weight so far (0/0 is 0); and whether it is constant."""
     backbone, *folded = fold_order
     total = value(s.weight, backbone, tensor) if backbone in set(tasks) else Fraction(1)
     result: list[float] = []
+    constant: list[bool] = []
     for task in folded:
         weight = value(s.weight, task, tensor)
         total += weight
         t = s.t(task, tensor) if callable(s.t) else s.t
         result.append(float(t if t is not None else weight / total if total else Fraction(0)))
-    return result
+        constant.append(t is not None)
+    return result, constant
 
 
 def unit_of(tensor: torch.Tensor, granularity: str) -> tuple[int, npt.NDArray[np.int64]]:
@@ -586,7 +607,7 @@ class _Fuser:
         out, base32 = self.result, f32(self.base[name])
         plain = self.s.space == "weights"
         vectors = self.vectors(name)
-        omega = omegas(out.fold, name, self.experts, self.s)
+        omega, constant = omegas(out.fold, name, self.experts, self.s)
         claimed = {i for task in self.order for i in self.cores[task][name]}
         free = np.array([i not in claimed for i in range(len(base32))], dtype=bool)
         units, unit = unit_of(self.base[name], self.s.granularity)
@@ -597,7 +618,7 @@ class _Fuser:
         for u in range(units):
             here = free & (unit == u)
             parts = [v[here] for v in vectors]
-            ideal, c, steps = fold([v.astype(np.float64) for v in parts], out.fold[1:], omega)
+            ideal, c, steps = fold([v.astype(np.float64) for v in parts], out.fold[1:], omega, constant)
             line = unit == u
             folded[line] = float(self.s.rest) * (c @ [v[line].astype(np.float64) for v in vectors])
             if self.given is not None:

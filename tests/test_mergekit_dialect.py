@@ -333,6 +333,7 @@ def both(
         shared = content.get("parameters", {}) | extra.get("parameters", {})
         return content | extra | ({"parameters": shared} if shared else {})
 
+    tmp_path.mkdir(exist_ok=True)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump(with_its_own({"merge_method": "cpi"} | ours)), encoding="utf-8")
     cpimerge.merge(recipe, tmp_path / "ours")
@@ -434,8 +435,13 @@ dtype: float32
 
 
 def test_nuslerp_is_density_0_with_deltas(llamas: Path, tmp_path: Path) -> None:
+    """Its weights divide the angle, as `t` does; ours divide the sum, which is the same where they are equal."""
+    one = {"model": str(llamas / "5" / "one"), "parameters": {"t": 0.25}}  # folded into the last, the backbone
+    angles = [one, {"model": str(llamas / "5" / "two")}]
     ours = {"parameters": {"density": 0, "space": "delta"}}
-    assert_close(*both(llamas, tmp_path, TWO, {"merge_method": "nuslerp"}, ours))
+    assert_close(*both(llamas, tmp_path / "t", TWO, {"merge_method": "nuslerp"}, ours | {"models": angles}))
+    equal = TWO.replace("0.25", "1").replace("0.75", "1")
+    assert_close(*both(llamas, tmp_path / "equal", equal, {"merge_method": "nuslerp"}, ours))
 
 
 def test_ram_is_density_1_with_means(llamas: Path, tmp_path: Path) -> None:

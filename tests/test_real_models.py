@@ -195,9 +195,9 @@ def fold(plan: Plan, values: Tensors) -> torch.Tensor:
     """METHOD §3 with equal shares, whole tensors, in float64."""
     origin = values["base"].double() if plan.settings.space == "delta" else torch.zeros(())
     vectors = [(values[name].double() - origin).numpy() for name in plan.fold]
-    running = vectors[0]
-    for number, vector in enumerate(vectors[1:], 2):
-        running = reference.slerp(running, vector, 1 / number)
+    tasks = plan.fold[1:]
+    equal = [1 / number for number in range(2, len(vectors) + 1)]
+    running, _, _ = reference.fold(vectors, tasks, equal, [False] * len(tasks))
     return origin + torch.from_numpy(running)
 
 

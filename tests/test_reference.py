@@ -331,19 +331,25 @@ def test_plain_averaging_is_density_0_with_parallel_weights() -> None:
 @pytest.mark.parametrize(
     ("weights", "backbone", "expected"),
     [
-        ({"a": 1, "b": 1, "c": 1}, "last", [1 / 2, 1 / 3]),
-        ({"a": 1, "b": 2, "c": 5}, "last", [1 / 6, 2 / 8]),
-        ({"a": 1, "b": 2, "c": 5}, "base", [1 / 2, 2 / 4, 5 / 9]),
-        ({"a": 1, "b": 2, "c": 5}, "path", [1 / 2, 2 / 4, 5 / 9]),
-        ({"a": 0, "b": 2, "c": 0}, "last", [0.0, 1.0]),  # 0/0, then everything
-        ({"a": 1, "b": 0, "c": 1}, "a", [0.0, 0.5]),
+        ({"a": 1, "b": 1, "c": 1}, "last", [1, 1, 1]),
+        ({"a": 1, "b": 2, "c": 5}, "last", [5, 1, 2]),
+        ({"a": 1, "b": 2, "c": 5}, "base", [1, 1, 2, 5]),
+        ({"a": 1, "b": 2, "c": 5}, "path", [1, 1, 2, 5]),
+        ({"a": 0, "b": 2, "c": 0}, "last", [0, 0, 1]),  # 0/0, then everything
+        ({"a": 1, "b": 0, "c": 1}, "a", [1, 0, 1]),
     ],
 )
-def test_equal_shares_by_weight(weights: dict[str, int], backbone: str, expected: list[float]) -> None:
+def test_coefficients_go_with_the_weights(weights: dict[str, int], backbone: str, expected: list[float]) -> None:
     result = run_one(
         [0.0] * 3, UNITS, weight=lambda task, _: Q(weights[task]), backbone=backbone, extra=tensor(1, 1, 1)
     )
-    assert [step.omega for step in result.steps["w"][0]] == expected
+    [found] = result.coefficients["w"]
+    np.testing.assert_allclose(found / found.sum(), np.array(expected) / sum(expected), rtol=1e-14, atol=1e-15)
+
+
+def test_orthogonal_vectors_of_one_norm_keep_it() -> None:
+    result = run_one([0.0] * 3, UNITS)
+    np.testing.assert_allclose(result.coefficients["w"], [[3**-0.5] * 3], rtol=1e-14)
 
 
 def test_constant_factor() -> None:
@@ -356,7 +362,8 @@ def test_constant_factor() -> None:
 
 def test_t_of_one_task_leaves_equal_shares_to_the_others() -> None:
     result = run_one([0.0] * 3, UNITS, t=lambda task, _: Q(3, 4) if task == "a" else None)
-    assert [step.omega for step in result.steps["w"][0]] == [3 / 4, 1 / 3]
+    [c, a, b] = result.coefficients["w"][0]
+    np.testing.assert_allclose([a, b], [c * math.tan(3 * math.pi / 8), (a + c) / 2], rtol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -365,16 +372,16 @@ def test_t_of_one_task_leaves_equal_shares_to_the_others() -> None:
         # 90 degrees everywhere; the fold's order shows in the coefficients
         ("last", [HALF, HALF]),
         ("a", [HALF, HALF]),
-        # the base's delta is zero: lerp to half of a, then a third of a right angle towards b
-        ("base", [0.5 * math.sqrt(3) / 2, 0.5]),
-        ("path", [HALF * math.sqrt(3) / 2, 0.5]),
+        # the base's delta is zero: lerp to half of a, then in a right angle on, to half as much of b as of base and a
+        ("base", [5**-0.5, 5**-0.5]),
+        ("path", [3**-0.5, 3**-0.5]),
     ],
 )
 def test_delta_space_and_backbones(backbone: str, expected: list[float]) -> None:
     base = [10.0, 20.0, 30.0]
     experts = {"a": [11.0, 20.0, 30.0], "b": [10.0, 21.0, 30.0]}
     result = run_one(base, experts, space="delta", backbone=backbone, extra=tensor(10, 20, 31))
-    third = HALF * math.sqrt(3) / 2 if backbone == "path" else 0.0
+    third = 3**-0.5 if backbone == "path" else 0.0
     np.testing.assert_allclose(np.array(fused(result)) - base, [*expected, third], rtol=1e-5)
     np.testing.assert_allclose(result.ideal["w"] - base, [*expected, third], rtol=1e-12)
 
@@ -577,11 +584,11 @@ def test_stats() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        # squares sum up to 10031, values to 131: max(5 sqrt(10031 / 32), 1.5 * 10031 / 131) is 114.9
-        ([100.0] + [1.0] * 31, [1.5 * 10031 / 131] + [5.0] * 31),
-        # 324 + 31, and 49: max(5 sqrt(355 / 32), 1.5 * 355 / 49) is 16.65
-        ([18.0] + [1.0] * 31, [5 * math.sqrt(355 / 32)] + [5.0] * 31),
-        ([2.0] * 32, [10.0] * 32),
+        # squares sum up to 10000.31, values to 103.1: max(8 sqrt(10000.31 / 32), 1.5 * 10000.31 / 103.1) is 145.5
+        ([100.0] + [0.1] * 31, [1.5 * 10000.31 / 103.1] + [1.2] * 31),
+        # 324 + 31, and 49: max(8 sqrt(355 / 32), 1.5 * 355 / 49) is 26.65
+        ([18.0] + [1.0] * 31, [8 * math.sqrt(355 / 32)] + [12.0] * 31),
+        ([2.0] * 32, [16.0] * 32),
         ([2.0] + [0.0] * 31, [3.0] + [0.0] * 31),  # one direction: its mean is itself
         ([0.0] * 32, [0.0] * 32),
     ],

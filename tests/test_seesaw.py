@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,14 +11,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, PreTrainedModel
 
+from cpimerge import levelling
+from cpimerge.checkpoint import layer_of
+from cpimerge.levelling import can_level
 from cpimerge.plan_file import Plan
 from cpimerge.recipe import Recipe, parse_recipe
-from seesaw import candidates, methods, results, spectral, staging, tables
+from seesaw import candidates, constants, methods, results, spectral, staging, tables
 from seesaw.bench import Bench
 from seesaw.merging import DEFAULTS, PAPER, Parameters, mergekits, recipe, save_like, written
 from seesaw.tasks import Row, Task, half, split
@@ -143,6 +148,9 @@ def test_mergekits_methods_by_formula(tmp_path: Path) -> None:
 SEPARATE = PAPER | {"density": 0.2, "stages": [["movies"], ["scripture"]]}
 
 
+ATTENTION = ("output.dense", "self.key", "self.query", "self.value")
+
+
 class Toy:
     """A learner of seconds: the mean state of a tiny BERT must point to the class."""
 
@@ -150,10 +158,10 @@ class Toy:
     dtype = torch.float32
     limit = 10
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, width: int = 8) -> None:
         self.base = base
         config = BertConfig(
-            vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+            vocab_size=16, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
         )
         torch.manual_seed(0)
         BertModel(config).save_pretrained(base)
@@ -246,7 +254,7 @@ def test_settings_are_chosen_on_validation_rows() -> None:
     given = {candidates.key("fusion, chosen", each): 0.5 for each in every}
     assert best in every
     benches = [Asked(given | {candidates.key("fusion, chosen", best): share}) for share in (0.3, 0.9)]
-    assert candidates.chosen(cast("Sequence[Bench]", benches), "fusion, chosen") == best
+    assert candidates.chosen(cast("Sequence[Bench]", benches), [], "fusion, chosen") == best
     assert {split for bench in benches for split in bench.asked} == {"validation"}
 
 
@@ -256,6 +264,56 @@ def test_density_and_threshold_are_chosen_on_validation_rows(monkeypatch: pytest
     benches = [Asked(given | {"cpi-ft-0.3-auto": share}) for share in (0.3, 0.9)]
     assert staging.chosen(cast("Sequence[Bench]", benches)) == PAPER | {"density": 0.3, "tau": "auto"}
     assert {split for bench in benches for split in bench.asked} == {"validation"}
+
+
+def test_updates_cut_to_a_low_rank(bench: Bench, tmp_path: Path) -> None:
+    """The strongest directions of matrices of layers are what is left; nothing else moves."""
+    wide = replace(bench, learner=Toy(tmp_path / "wide", 40), folder=tmp_path / "low")
+    low = constants.of_low_rank(wide)
+    for task in wide.tasks.values():
+        base, whole, cut = (
+            load_file(path / "model.safetensors") for path in (wide.learner.base, wide.expert(task), low.expert(task))
+        )
+        levelled = {name for name in base if can_level(base[name].shape, layer_of(name))}
+        assert levelled == {f"encoder.layer.0.attention.{name}.weight" for name in ATTENTION}
+        for name, start in base.items():
+            left, values, right = np.linalg.svd(
+                (whole[name] - start).double().reshape(len(start), -1).numpy(), full_matrices=False
+            )
+            strongest = (left[:, : constants.RANK] * values[: constants.RANK]) @ right[: constants.RANK]
+            wanted = torch.from_numpy(strongest).reshape(start.shape) if name in levelled else torch.zeros_like(start)
+            torch.testing.assert_close((cut[name] - start).double(), wanted.double(), atol=1e-6, rtol=0)
+            assert not torch.equal(whole[name], start) or name.startswith("pooler") or "position_ids" in name
+
+
+def test_constants_are_in_force_while_they_are_tried(bench: Bench, tmp_path: Path) -> None:
+    wide = replace(bench, learner=Toy(tmp_path / "wide", 40), folder=tmp_path / "bench")
+    made = [
+        load_file(constants.fused_with(wide, constants.Constants(limit=limit)) / "model.safetensors")
+        for limit in (0.001, 0.002)
+    ]
+    base = load_file(wide.learner.base / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    core = Plan.load(wide.folder / "plans" / "levelled").tensors
+    assert {tensor.name: tensor.is_levelled for tensor in core}[name]
+    moved = [float((tensors[name] - base[name]).norm() / base[name].norm()) for tensors in made]
+    assert 0.001 <= moved[0] < moved[1]
+    assert constants.Constants().limit == levelling.LIMIT
+
+
+def test_the_constants_are_those_that_were_chosen() -> None:
+    """The best mean over all kinds of experts, of each its mean over the seeds."""
+    rows = json.loads((results.RESULTS / "constants.json").read_text())
+    for tried in (constants.USUAL, constants.LOW_RANK):
+        kinds: dict[constants.Constants, dict[str, float]] = {these: {} for these in tried}
+        for row in rows:
+            these = constants.Constants(**row["constants"])
+            if these in kinds and row["experts"].endswith(f"rank {constants.RANK}") == (tried is constants.LOW_RANK):
+                assert len(row["means"]) == 3
+                kinds[these][row["experts"]] = sum(row["means"]) / 3
+        assert len({frozenset(found) for found in kinds.values()}) == 1
+        means = {these: sum(found.values()) / len(found) for these, found in kinds.items()}
+        assert max(means, key=means.__getitem__) == constants.Constants()
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def by_svd(fold: Floats, most: float = math.inf) -> npt.NDArray[np.float64]:
     u, sigmas, v = np.linalg.svd(fold.astype(np.float64), full_matrices=False)
     if not sigmas.any():
         return np.zeros(fold.shape)
-    cap = max(5 * math.sqrt(float(np.mean(sigmas**2))), 1.5 * float(np.sum(sigmas**2) / np.sum(sigmas)))
-    result: npt.NDArray[np.float64] = (u * np.minimum(5 * sigmas, cap)) @ v
+    cap = max(8 * math.sqrt(float(np.mean(sigmas**2))), 1.5 * float(np.sum(sigmas**2) / np.sum(sigmas)))
+    result: npt.NDArray[np.float64] = (u * np.minimum(12 * sigmas, cap)) @ v
     return result * min(1.0, most / float(np.linalg.norm(result)))
 
 
@@ -193,12 +193,12 @@ def test_levelling(name: str, share: float) -> None:
     with levelling.one_thread():
         levelling.level(its := fold.copy(), most)
     assert np.abs(its - expected).max() <= own.tolerance / 2
-    assert own.tolerance <= 4e-6 * (5 * largest * min(1.0, share) + np.abs(expected).max()) * 1.001 + 40 * 1.2e-38 * (
+    assert own.tolerance <= 4e-6 * (12 * largest * min(1.0, share) + np.abs(expected).max()) * 1.001 + 40 * 1.2e-38 * (
         largest > 0
     )
 
 
-@pytest.mark.parametrize("name", ["square", "tall", "one strong direction", "heavy tails", "of rank 8"])
+@pytest.mark.parametrize("name", ["square", "tall", "one strong direction", "heavy tails", "of rank 1"])
 @pytest.mark.parametrize("constant", ["GAIN", "CAP", "CAP_OF_LOW_RANK"])
 def test_another_rule_is_beyond_the_tolerance(name: str, constant: str) -> None:
     """Each constant that counts in a matrix, a thousandth off."""
@@ -208,9 +208,9 @@ def test_another_rule_is_beyond_the_tolerance(name: str, constant: str) -> None:
         levelling.level(other := fold.copy())
     difference = np.abs(other.reshape(-1) - own.values).max()
     counts = {
-        "GAIN": name in ("square", "tall", "heavy tails"),
+        "GAIN": name in ("square", "heavy tails"),
         "CAP": name in ("square", "tall"),
-        "CAP_OF_LOW_RANK": name == "of rank 8",
+        "CAP_OF_LOW_RANK": name == "of rank 1",
     }
     assert difference > 2 * own.tolerance or not counts[constant]
 
@@ -272,11 +272,11 @@ def test_an_element_beyond_the_tolerance(originals: dict[str, Path], home: Path,
     """It is told with what svd says that it should be; half as far from it is no failure."""
     fold = fold_of(home, originals["F32"], tensor)
     base = load_file(originals["F32"] / "base" / "model.safetensors")[tensor].numpy()
-    free_of_limit, most = by_svd(fold), 0.05 * float(np.linalg.norm(base.astype(np.float64)))
+    free_of_limit, most = by_svd(fold), 0.03 * float(np.linalg.norm(base.astype(np.float64)))
     scale = min(1.0, most / float(np.linalg.norm(free_of_limit)))
     assert (scale < 1) is (tensor == WIDE)
     levelled = scale * free_of_limit
-    tolerance = 4e-6 * (5 * scale * np.abs(fold).max() + np.abs(levelled).max())
+    tolerance = 4e-6 * (12 * scale * np.abs(fold).max() + np.abs(levelled).max())
     exact = (base + levelled).reshape(-1)
     cores = claimed(home, tensor)
     free = [index for index in range(fold.size) if index not in cores and abs(exact[index]) < 0.1]  # so as to set it

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pyroaring import BitMap
 
-from cpimerge import PlanError, checkpoint, verify_sources
+from cpimerge import PlanError, blend, checkpoint, verify_sources
 from cpimerge.recipe import parse_recipe
 from cpimerge.verify_arrays import open_npy
 from cpimerge.verify_cores import layer_of, natural, positions_in
 from cpimerge.verify_files import sha256
-from cpimerge.verify_fold import Overlaps, deviation, folded, omegas, stages_of
+from cpimerge.verify_fold import Overlaps, deviation, folded, shares, stages_of
 from cpimerge.verify_numbers import half_units, nonfinite, rounded, shown, values_of
 from cpimerge.verify_results import parse_share
 
@@ -192,11 +192,15 @@ def test_a_fold_is_the_references(members: int, seed: int, nearly_parallel: bool
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(members, 3, 20)) * (1e-3 if nearly_parallel else 1) + nearly_parallel
     vectors[rng.integers(members)] *= rng.integers(0, 2)  # a vector of zeros, perhaps
-    steps = rng.random(members - 1).tolist()
+    weights = [Fraction(int(weight), 3) for weight in rng.integers(0, 4, members)]
+    constants = [None if even else Fraction(1, 3) for even in rng.integers(0, 2, members)]
+    steps = shares(weights, constants)
+    planned = blend.shares(tuple(weights), tuple(constants))
     gram = np.einsum("irk,jrk->rij", vectors, vectors)
     coefficients, angles = folded(gram, steps, 0.5)
     for row in range(3):
-        _, expected, its = reference.fold(list(vectors[:, row]), [str(i) for i in range(1, members)], steps)
+        names, omega, constant = [str(i) for i in range(1, members)], [s for s, _ in planned], [c for _, c in planned]
+        _, expected, its = reference.fold(list(vectors[:, row]), names, omega, constant)
         if any(step.fragile for step in its):
             continue
         assert coefficients[row] == pytest.approx(expected / 2, abs=1e-9)
@@ -209,10 +213,10 @@ def test_a_fold_is_the_references(members: int, seed: int, nearly_parallel: bool
 
 def test_shares_of_the_weights() -> None:
     one, two, no = Fraction(1), Fraction(2), Fraction(0)
-    assert omegas([one, one, two], [None, None, None]) == [0.5, 0.5]
-    assert omegas([no, no, one], [None, None, None]) == [0.0, 1.0]
-    assert omegas([one, one, one], [Fraction(1, 4), Fraction(3, 4), None]) == [0.75, 1 / 3]
-    assert omegas([one], [None]) == []
+    assert shares([one, one, two], [None, None, None]) == [(1, None), (1, None)]
+    assert shares([no, no, one, one], [None] * 4) == [(0, None), (np.inf, None), (1, None)]
+    assert shares([one, one, one], [Fraction(1, 4), Fraction(3, 4), None]) == [(1, 0.75), (0.5, None)]
+    assert shares([one], [None]) == []
 
 
 @given(
