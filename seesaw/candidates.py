@@ -14,6 +14,7 @@ from .methods import by_mergekit, by_singular_vectors, merged
 
 FACTORS = (0.3, 0.4, 0.5, 0.6)
 DENSITIES = (0.01, 0.05, 0.1)
+ISO_FACTORS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ MERGES: Mapping[str, Merge] = {  # by the name in the tables
     "dare (linear)": _mergekits("dare_linear", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
     "dare (ties)": _mergekits("dare_ties", *({"density": 0.5, "lambda": factor} for factor in FACTORS)),
     "singular vectors: TSV-Merge": _spectral("tsv", 0.8, 1.0, 1.2),
-    "singular vectors: Iso-C": _spectral("iso", 2.0, 2.5, 3.0, 3.5, 4.0, on_both=True),
+    "singular vectors: Iso-C": _spectral("iso", *ISO_FACTORS),
+    "singular vectors: Iso-C, chosen on both": _spectral("iso", *ISO_FACTORS, on_both=True),
     "fusion as in the paper": _fusion(PAPER),
     "fusion as in the paper, density chosen": _fusion(*(PAPER | {"density": p} for p in DENSITIES)),
     "localize-and-stitch": _fusion(

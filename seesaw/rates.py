@@ -12,7 +12,12 @@ from .candidates import chosen, key, make
 from .results import expert_scores
 
 MULTIPLES = (0.3, 1, 3, 8)  # of the rate of the main comparison
-MERGES = ("plain average", "singular vectors: Iso-C", "fusion, singular values kept", "fusion, cpimerge's defaults")
+MERGES = (
+    "plain average",
+    "singular vectors: Iso-C, chosen on both",
+    "fusion, singular values kept",
+    "fusion, cpimerge's defaults",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ class Line:
 def measure(benches: Sequence[Bench], encoders: Sequence[Bench], causals: Sequence[Bench]) -> Iterator[Line]:
     """Every method on the test rows of `benches`, with settings chosen on the validation rows of the encoders.
 
-    Iso-C has its factor chosen on those of both models, as levelling's constants were. What was measured before is read
-    back.
+    Merges that are marked so have them chosen on those of both models, as levelling's constants were. What was measured
+    before is read back.
     """
     yield Line("base model", "reference", [_base(bench) for bench in benches])
     yield Line("experts, each on its task", "reference", [expert_scores(bench, "test") for bench in benches])
