@@ -38,7 +38,7 @@ __all__ = [
 
 GAIN = 12.0  # what a singular value is multiplied by
 CAP = 8.0  # what it is at most, in root mean squares of all,
-CAP_OF_LOW_RANK = 1.5  # or in means of all, each weighted with itself, where that is more
+CAP_OF_LOW_RANK = 2.0  # or in means of all, each weighted with itself, where that is more
 LIMIT = 0.03  # how far a matrix is moved at most, as a share of its norm in the base
 LEAST = 0.01  # share of levelling that is worth a decomposition
 SMALLEST = 32  # the shorter side of a matrix: below that there are too few directions

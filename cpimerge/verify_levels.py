@@ -35,7 +35,7 @@ __all__ = [
 
 GAIN = 12.0  # on every singular value,
 CAP = 8.0  # up to so many root mean squares of all,
-LOW_RANK_CAP = 1.5  # or so many of their means, each weighted with itself, where that is more
+LOW_RANK_CAP = 2.0  # or so many of their means, each weighted with itself, where that is more
 LEAST = 0.01  # of levelling; less is none
 LIMIT = 0.03  # of the Frobenius norm of the base, and times `rest`: no matrix is moved farther
 SHORTEST = 32  # side of a matrix that is levelled

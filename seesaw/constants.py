@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product, starmap
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,7 +32,7 @@ from .tasks import Task
 
 RANK = 1  # that updates are cut to: to 384 rows what a LoRA's is to those of a large model
 GAINS, CAPS, LIMITS = (5.0, 12.0), (5.0, 8.0), (0.03, 0.05)
-CAPS_OF_LOW_RANK = (1.0, 1.5, 2.0, 3.0)
+CAPS_OF_LOW_RANK, BEFORE = (1.0, 1.5, 2.0, 3.0), 1.5  # what it was until that range was tried, after the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,13 @@ class Constants:
     cap_of_low_rank: float = levelling.CAP_OF_LOW_RANK
 
 
-USUAL = list(starmap(Constants, product(GAINS, CAPS, LIMITS)))
+USUAL = [Constants(*these, BEFORE) for these in product(GAINS, CAPS, LIMITS)]
 LOW_RANK = [Constants(cap_of_low_rank=cap) for cap in CAPS_OF_LOW_RANK]
+
+
+def ours(tried: Sequence[Constants]) -> Constants:
+    """Those of `tried` that cpimerge has."""
+    return Constants(cap_of_low_rank=BEFORE) if tried is USUAL else Constants()
 
 
 def constants(encoders: Sequence[Bench], causals: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:

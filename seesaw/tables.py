@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .constants import LOW_RANK, USUAL, Constants
+from .constants import LOW_RANK, USUAL, Constants, ours
 from .merging import DEFAULTS
 from .results import RESULTS, Line, figures, load, spread
 
@@ -118,7 +118,7 @@ def constants_rows(rows: Sequence[Mapping[str, Any]], tried: Sequence[Constants]
         found = [tuple(mean(kept[kind, these][which]) for which in ("means", "worst")) for kind in kinds]
         found.append(tuple(map(mean, zip(*found, strict=True))))
         shown = (f"{100 * middle:.1f} / {100 * worst:.1f}" for middle, worst in found)
-        mark = " (cpimerge's)" if these == Constants() else ""
+        mark = " (cpimerge's)" if these == ours(tried) else ""
         yield "| " + " | ".join((*(f"{getattr(these, name):g}" for name in names), *shown)) + f"{mark} |"
 
 

@@ -32,7 +32,7 @@ CANCELLED = 1e-4  # a fold whose norm is below this share of its terms' norms ha
 SIDE = 32  # of a matrix that is levelled, at least
 GAIN = 12.0
 CAP = 8.0
-CAP_OF_LOW_RANK = 1.5
+CAP_OF_LOW_RANK = 2.0
 LIMIT = Fraction(3, 100)  # of the base's norm
 
 

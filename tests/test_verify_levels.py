@@ -151,7 +151,7 @@ def by_svd(fold: Floats, most: float = math.inf) -> npt.NDArray[np.float64]:
     u, sigmas, v = np.linalg.svd(fold.astype(np.float64), full_matrices=False)
     if not sigmas.any():
         return np.zeros(fold.shape)
-    cap = max(8 * math.sqrt(float(np.mean(sigmas**2))), 1.5 * float(np.sum(sigmas**2) / np.sum(sigmas)))
+    cap = max(8 * math.sqrt(float(np.mean(sigmas**2))), 2 * float(np.sum(sigmas**2) / np.sum(sigmas)))
     result: npt.NDArray[np.float64] = (u * np.minimum(12 * sigmas, cap)) @ v
     return result * min(1.0, most / float(np.linalg.norm(result)))
 
