@@ -27,7 +27,7 @@ from .bench import Bench
 from .merging import DEFAULTS
 from .methods import planned
 from .rates import MULTIPLES, at_rate
-from .results import expert_scores
+from .results import expert_scores, of_experts
 from .tasks import Task
 
 RANK = 1  # that updates are cut to: to 384 rows what a LoRA's is to those of a large model
@@ -76,8 +76,7 @@ def _kept(bench: Bench, these: Constants) -> Sequence[float]:
     """Of each task, the share of its expert's accuracy on the validation rows that a fusion with the defaults has."""
     name = "levelled-" + "-".join(f"{value:g}" for value in asdict(these).values())
     found = bench.scores(name, "validation", partial(fused_with, bench, these))
-    best = expert_scores(bench, "validation")
-    return [found[task] / best[task] for task in best]
+    return of_experts(found, expert_scores(bench, "validation"))
 
 
 def fused_with(bench: Bench, these: Constants) -> Path:

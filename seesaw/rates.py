@@ -9,7 +9,7 @@ from statistics import mean
 
 from .bench import Bench
 from .candidates import chosen, key, make
-from .results import expert_scores
+from .results import expert_scores, of_experts
 
 MULTIPLES = (0.3, 1, 3, 8)  # of the rate of the main comparison
 MERGES = (
@@ -41,7 +41,7 @@ def rates(benches: Sequence[Bench], causals: Sequence[Bench]) -> Iterator[Row]:
             merged = [
                 bench.scores(key(name, settings), "test", partial(make, bench, name, settings)) for bench in faster
             ]
-            shares = [[scores[task] / best[task] for task in best] for scores, best in zip(merged, own, strict=True)]
+            shares = [of_experts(scores, best) for scores, best in zip(merged, own, strict=True)]
             yield Row(multiple, name, list(map(mean, shares)), list(map(min, shares)))
 
 

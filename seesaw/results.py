@@ -70,9 +70,7 @@ def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:
             if key(name, settings) not in done:
                 done.add(key(name, settings))
                 scores = validated(benches, name, settings)
-                worst = mean(
-                    min(each[task] / expert[task] for task in each) for each, expert in zip(scores, best, strict=True)
-                )
+                worst = mean(min(of_experts(each, expert)) for each, expert in zip(scores, best, strict=True))
                 yield {"settings": settings, "mean": mean(mean(each.values()) for each in scores), "worst": worst}
 
 
@@ -86,6 +84,11 @@ def expert_scores(bench: Bench, split: Split) -> Scores:
         name: bench.scores(f"expert-{name}-on-{name}", split, partial(bench.expert, task), [name])[name]
         for name, task in bench.tasks.items()
     }
+
+
+def of_experts(scores: Scores, best: Scores) -> list[float]:
+    """Of each task the score divided by that of its expert; 1 is the expert's."""
+    return [scores[task] / best[task] for task in best]
 
 
 def save(lines: Sequence[Line], learner: str) -> None:
@@ -117,9 +120,7 @@ class Figures:
 
 def figures(line: Line, base: Line, experts: Line) -> Figures:
     """What the tables say of a line, over its seeds."""
-    shares = [
-        [scores[task] / best[task] for task in best] for scores, best in zip(line.seeds, experts.seeds, strict=True)
-    ]
+    shares = [of_experts(scores, best) for scores, best in zip(line.seeds, experts.seeds, strict=True)]
     gaps = [
         (mean(scores.values()) - mean(start.values())) / (mean(best.values()) - mean(start.values()))
         for scores, start, best in zip(line.seeds, base.seeds, experts.seeds, strict=True)

@@ -114,7 +114,7 @@ def constants_rows(rows: Sequence[Mapping[str, Any]], tried: Sequence[Constants]
     names = ("cap_of_low_rank",) if tried is LOW_RANK else ("gain", "cap", "limit")
     yield "| " + " | ".join((*(name.replace("_", " ") for name in names), *kinds, "mean")) + " |"
     yield "|" + "--:|" * (len(names) + len(kinds) + 1)
-    for these in sorted(set(tried), key=astuple):
+    for these in sorted(tried, key=astuple):
         found = [tuple(mean(kept[kind, these][which]) for which in ("means", "worst")) for kind in kinds]
         found.append(tuple(map(mean, zip(*found, strict=True))))
         shown = (f"{100 * middle:.1f} / {100 * worst:.1f}" for middle, worst in found)
