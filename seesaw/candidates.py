@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from .bench import Bench, Scores
-from .merging import DEFAULTS, KEPT, PAPER, Parameters
+from .merging import DEFAULTS, KEPT, PAPER, Parameters, spelled
 from .methods import by_mergekit, by_singular_vectors, merged
 
 FACTORS = (0.3, 0.4, 0.5, 0.6)
@@ -89,7 +89,7 @@ def make(bench: Bench, name: str, parameters: Parameters) -> Path:
 
 def key(name: str, parameters: Parameters) -> str:
     """What a candidate's scores are filed under; equal for what is the same merge under two names."""
-    return "-".join((MERGES[name].prefix, *(f"{setting}={value}" for setting, value in sorted(parameters.items()))))
+    return f"{MERGES[name].prefix}-{spelled(parameters)}"
 
 
 def chosen(encoders: Sequence[Bench], causals: Sequence[Bench], name: str) -> Parameters:

@@ -25,7 +25,7 @@ from cpimerge.levelling import can_level
 
 from .bench import Bench
 from .merging import DEFAULTS
-from .methods import planned
+from .methods import experts, planned
 from .rates import MULTIPLES, at_rate
 from .results import expert_scores, of_experts
 from .tasks import Task
@@ -81,7 +81,7 @@ def _kept(bench: Bench, these: Constants) -> Sequence[float]:
 
 def fused_with(bench: Bench, these: Constants) -> Path:
     """The experts fused with the defaults, but for these constants."""
-    plan = planned(bench, "levelled", DEFAULTS)  # knows what is levelled, and how far, but not to what
+    plan = planned(bench, experts(bench), DEFAULTS)  # knows what is levelled, and how far, but not to what
     model = bench.folder / "scratch" / "model"
     with patch.multiple(levelling, **{name.upper(): value for name, value in asdict(these).items()}):
         cpimerge.fuse(plan, model, force=True)

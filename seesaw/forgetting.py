@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-import cpimerge
-
 from .bench import Bench, Scores
-from .merging import recipe, written
+from .methods import planned
 from .training import Freeze
 
 PAIRS = (("movies", "scripture"), ("scripture", "movies"))
-FROZEN = (("core", 0.01), ("core", 0.1), ("core", 0.3), ("random draw", 0.1), ("random draw", 0.3))
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What is frozen of every tensor: the first task's core, or as many elements drawn at random."""
+
+    density: float
+    at_random: bool = False
+
+    def __str__(self) -> str:
+        return f"{'random draw' if self.at_random else 'core'} of {self.density} frozen"
+
+
+FROZEN = (Frozen(0.01), Frozen(0.1), Frozen(0.3), Frozen(0.1, at_random=True), Frozen(0.3, at_random=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +49,28 @@ def forgetting(benches: Sequence[Bench]) -> Iterator[Kept]:
     for pair in PAIRS:
         yield Kept(*pair, "before", [_before(bench, *pair) for bench in benches])
         yield Kept(*pair, "nothing frozen", [_after(bench, *pair, None) for bench in benches])
-        for what, density in FROZEN:
-            yield Kept(
-                *pair, f"{what} of {density} frozen", [_after(bench, *pair, (what, density)) for bench in benches]
-            )
+        for frozen in FROZEN:
+            yield Kept(*pair, str(frozen), [_after(bench, *pair, frozen) for bench in benches])
 
 
 def _before(bench: Bench, first: str, second: str) -> Scores:
     return _scores(bench, f"expert-{first}", partial(bench.expert, bench.tasks[first]), (first, second))
 
 
-def _after(bench: Bench, first: str, second: str, frozen: tuple[str, float] | None) -> Scores:
-    suffix = "" if frozen is None else f"-{'frozen' if frozen[0] == 'core' else 'random'}-{frozen[1]}"
-    name = f"{first}-then-{second}{suffix}"
+def _after(bench: Bench, first: str, second: str, frozen: Frozen | None) -> Scores:
+    name = f"{first}-then-{second}"
+    if frozen:
+        name += f"-{'random' if frozen.at_random else 'frozen'}-{frozen.density}"
 
     def make() -> PreTrainedModel:
+        start = bench.expert(bench.tasks[first])
         freeze = None
         if frozen:
-            start = bench.expert(bench.tasks[first]) if frozen[0] == "core" else _moved_at_random(bench)
-            models = {first: start, second: bench.expert(bench.tasks[second])}
-            freeze = Freeze(_plan(bench, models, frozen), 2)
-        return bench.trained(bench.expert(bench.tasks[first]), [bench.tasks[second]], bench.schedule, freeze)
+            moved = {first: _moved_at_random(bench) if frozen.at_random else start}
+            moved[second] = bench.expert(bench.tasks[second])
+            parameters = {"density": frozen.density, "stages": [[first], [second]]}
+            freeze = Freeze(planned(bench, moved, parameters), 2)
+        return bench.trained(start, [bench.tasks[second]], bench.schedule, freeze)
 
     return _scores(bench, name, lambda: bench.model(name, make), (first, second))
 
@@ -79,13 +91,3 @@ def _moved_at_random(bench: Bench) -> Path:
 
 def _scores(bench: Bench, name: str, get: Callable[[], Path], tasks: Sequence[str]) -> Scores:
     return bench.scores(f"{name}-on-{'-'.join(tasks)}", "test", get, tasks)
-
-
-def _plan(bench: Bench, models: Mapping[str, Path], frozen: tuple[str, float]) -> Path:
-    """A plan of two experts with a stage each."""
-    what, density = frozen
-    folder = bench.folder / "plans" / "-".join((*models, *(() if what == "core" else ("random",)), str(density)))
-    content = recipe(bench.learner.base, models, {"density": density, "stages": [[task] for task in models]})
-    if not (folder / "plan.json").exists():
-        cpimerge.plan(written(content, bench.folder / "scratch"), folder, force=True)
-    return folder

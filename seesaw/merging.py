@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import cpimerge
 
 Parameters = dict[str, Any]
+Stages = Sequence[Sequence[str]]
 DEFAULTS: Parameters = {  # cpimerge's; a test holds them to that
     "density": 0.01,
     "conflict": "mean",
@@ -23,6 +24,17 @@ DEFAULTS: Parameters = {  # cpimerge's; a test holds them to that
 KEPT: Parameters = {"singular_values": "keep"}
 AVERAGE: Parameters = {"density": 0, "space": "weights"}
 PAPER: Parameters = {"density": 0.01, "scope": "global", "tau": 0.1, "conflict": "last", "space": "weights"}
+
+
+def spelled(parameters: Parameters) -> str:
+    """`parameters` as a part of a file's name; equal for equal ones."""
+    said = parameters | ({"stages": spelled_stages(parameters["stages"])} if "stages" in parameters else {})
+    return "-".join(f"{setting}={value}" for setting, value in sorted(said.items()))
+
+
+def spelled_stages(stages: Stages) -> str:
+    """`stages` as a part of a file's name."""
+    return "+".join("-".join(stage) for stage in stages)
 
 
 def recipe(base: Path, experts: Mapping[str, Path], parameters: Parameters) -> dict[str, Any]:

@@ -8,10 +8,9 @@ CPI-FT makes experts for T, fuses them, and trains on for T/3. What only merges 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -19,12 +18,25 @@ import cpimerge
 from cpimerge.plan_file import Plan
 
 from .bench import Bench
-from .merging import AVERAGE, DEFAULTS, KEPT, PAPER, Parameters, fused, mergekits, recipe, save_like, written
+from .merging import (
+    AVERAGE,
+    DEFAULTS,
+    KEPT,
+    PAPER,
+    Parameters,
+    Stages,
+    fused,
+    mergekits,
+    recipe,
+    save_like,
+    spelled,
+    spelled_stages,
+    written,
+)
 from .spectral import spectral
 from .training import Freeze
 
 THIRD = 1 / 3
-Stages = Sequence[Sequence[str]]
 
 
 def experts(bench: Bench, share: float = 1.0) -> dict[str, Path]:
@@ -80,7 +92,7 @@ def heuristic_stages(bench: Bench) -> Path:
 
 def dpi(bench: Bench) -> Path:
     """Short probes, their cores and groups, then training from the base with the cores of earlier stages frozen."""
-    plan = planned(bench, "dpi-plan", PAPER, THIRD)
+    plan = planned(bench, experts(bench, THIRD), PAPER)
     return staged(bench, "dpi", bench.learner.base, Plan.load(plan).stages, 1.0, plan)
 
 
@@ -89,34 +101,40 @@ def average(bench: Bench) -> Path:
     return merged(bench, AVERAGE)
 
 
-def cpi_ft(bench: Bench, name: str, parameters: Parameters, freeze: Literal["prior", "all"] | None = "prior") -> Path:
-    """The fused model, trained on in the stages of its plan; `freeze` None freezes nothing."""
-    return continued(bench, name, parameters, merged(bench, parameters), freeze)
+def cpi_ft(bench: Bench, parameters: Parameters, start: Parameters | None = None, freeze: bool = True) -> Path:
+    """The experts fused with `parameters`, or with `start`, and trained on in the stages of the plan of `parameters`.
+
+    Unless `freeze` is False, the cores of earlier stages are frozen.
+    """
+    fused = merged(bench, start or parameters)
+    plan = planned(bench, experts(bench), parameters)
+    name = cpi_ft_name(bench, parameters, start, freeze)
+    return staged(bench, name, fused, Plan.load(plan).stages, THIRD, plan if freeze else None)
 
 
-def continued(
-    bench: Bench, name: str, parameters: Parameters, start: Path, freeze: Literal["prior", "all"] | None = "prior"
-) -> Path:
-    """`start` trained on in the stages of the plan of the experts with `parameters`."""
-    plan = planned(bench, f"{name}-plan", parameters)
-    return staged(bench, name, start, Plan.load(plan).stages, THIRD, plan if freeze else None, freeze)
+def cpi_ft_name(bench: Bench, parameters: Parameters, start: Parameters | None = None, freeze: bool = True) -> str:
+    """The name of the model of `cpi_ft`: the same for the same stages and cores, whatever made the stages."""
+    cores = {name: value for name, value in parameters.items() if name not in ("tau", "stages")}
+    parts = ["cpi-ft", spelled(cores), spelled_stages(stages_of(bench, parameters))]
+    if start:
+        parts.append(f"from-{spelled(start)}")
+    if not freeze:
+        parts.append("unfrozen")
+    return "-".join(parts)
 
 
-def staged(  # noqa: PLR0913 - all of it is one sentence
-    bench: Bench,
-    name: str,
-    start: Path,
-    stages: Stages,
-    share: float,
-    plan: Path | None = None,
-    freeze: Literal["prior", "all"] | None = "prior",
-) -> Path:
-    """`start` trained stage by stage, for `share` of an expert's steps a task, with cores of `plan` frozen."""
+def stages_of(bench: Bench, parameters: Parameters) -> Stages:
+    """The stages that a plan of the experts with `parameters` has."""
+    return Plan.load(planned(bench, experts(bench), parameters)).stages
+
+
+def staged(bench: Bench, name: str, start: Path, stages: Stages, share: float, plan: Path | None = None) -> Path:
+    """`start` trained stage by stage, for `share` of an expert's steps a task, with earlier cores of `plan` frozen."""
 
     def make() -> PreTrainedModel:
         at = start
         for number, stage in enumerate(stages, 1):
-            held = Freeze(plan, number, freeze) if plan and freeze else None
+            held = Freeze(plan, number) if plan else None
             schedule = replace(bench.steps(share * len(stage)), again=start != bench.learner.base)
             model = bench.trained(at, [bench.tasks[task] for task in stage], schedule, held)
             if number < len(stages):
@@ -127,10 +145,10 @@ def staged(  # noqa: PLR0913 - all of it is one sentence
     return bench.model(name, make)
 
 
-def planned(bench: Bench, name: str, parameters: Parameters, share: float = 1.0) -> Path:
-    """The directory of the plan of the experts, or of probes that were trained for `share` of their steps."""
-    folder = bench.folder / "plans" / name
-    content = recipe(bench.learner.base, experts(bench, share), parameters)
+def planned(bench: Bench, models: Mapping[str, Path], parameters: Parameters) -> Path:
+    """The directory of a plan of `models`, by task."""
+    folder = bench.folder / "plans" / "-".join((*(path.name for path in models.values()), spelled(parameters)))
+    content = recipe(bench.learner.base, models, parameters)
     if not (folder / "plan.json").exists():
         cpimerge.plan(written(content, _scratch(bench)), folder, force=True)
     return folder
@@ -148,18 +166,16 @@ TRAINED = {  # by the name in the tables
     "stages at random": random_stages,
     "stages by hand": heuristic_stages,
     "DPI": dpi,
-    "CPI-FT": lambda bench: cpi_ft(bench, "cpi-ft", PAPER),
+    "CPI-FT": lambda bench: cpi_ft(bench, PAPER),
 }
 
 ABLATIONS = {  # of CPI-FT
-    "no transplant: from the plain average": lambda bench: continued(bench, "no-transplant", PAPER, average(bench)),
-    "cpimerge's fusion, singular values kept": lambda bench: cpi_ft(
-        bench, "cpimerge-fusion", DEFAULTS | KEPT | {"tau": 1}
-    ),
-    "cpimerge's fusion": lambda bench: cpi_ft(bench, "levelled-fusion", DEFAULTS | {"tau": 1}),
-    "groups at random": lambda bench: cpi_ft(bench, "random-groups", PAPER | {"stages": random_groups(bench)}),
-    "one group": lambda bench: cpi_ft(bench, "one-group", TOGETHER),
-    "one group, from the plain average": lambda bench: continued(bench, "plain-group", TOGETHER, average(bench)),
-    "density 0.3": lambda bench: cpi_ft(bench, "dense", DENSE),
-    "density 0.3, no freezing": lambda bench: cpi_ft(bench, "dense-unfrozen", DENSE, None),
+    "no transplant: from the plain average": lambda bench: cpi_ft(bench, PAPER, AVERAGE),
+    "cpimerge's fusion, singular values kept": lambda bench: cpi_ft(bench, DEFAULTS | KEPT | {"tau": 1}),
+    "cpimerge's fusion": lambda bench: cpi_ft(bench, DEFAULTS | {"tau": 1}),
+    "groups at random": lambda bench: cpi_ft(bench, PAPER | {"stages": random_groups(bench)}),
+    "one group": lambda bench: cpi_ft(bench, TOGETHER),
+    "one group, from the plain average": lambda bench: cpi_ft(bench, TOGETHER, AVERAGE),
+    "density 0.3": lambda bench: cpi_ft(bench, DENSE),
+    "density 0.3, no freezing": lambda bench: cpi_ft(bench, DENSE, freeze=False),
 }

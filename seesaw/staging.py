@@ -10,28 +10,18 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from cpimerge.plan_file import Plan
-
 from .bench import Bench, Scores, Split
 from .merging import PAPER, Parameters
-from .methods import cpi_ft, planned
+from .methods import cpi_ft, cpi_ft_name, stages_of
 
 DENSITIES = (0.01, 0.1, 0.3)
 TAUS = (1, 0, 0.1, "auto")  # every task alone; all together; the paper's; those that go the same way
 GRID: Sequence[Parameters] = [PAPER | {"density": density, "tau": tau} for density in DENSITIES for tau in TAUS]
 
 
-def stages_of(bench: Bench, parameters: Parameters) -> Sequence[Sequence[str]]:
-    """The stages that a plan of the experts with `parameters` has."""
-    name = f"cpi-ft-{parameters['density']}-{parameters['tau']}-plan"
-    return Plan.load(planned(bench, name, parameters)).stages
-
-
 def scored(bench: Bench, parameters: Parameters, split: Split) -> Scores:
     """The accuracy per task of CPI-FT with `parameters`, 0 to 1. Equal stages are trained and scored once."""
-    stages = "+".join("-".join(stage) for stage in stages_of(bench, parameters))
-    name = f"cpi-ft-{parameters['density']}-{stages}"
-    return bench.scores(name, split, partial(cpi_ft, bench, name, parameters))
+    return bench.scores(cpi_ft_name(bench, parameters), split, partial(cpi_ft, bench, parameters))
 
 
 def chosen(benches: Sequence[Bench]) -> Parameters:

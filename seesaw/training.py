@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -46,11 +46,10 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """The cores that stay as they are: those of a plan, seen from one of its stages."""
+    """The cores that stay as they are: those of the stages of a plan before `stage`."""
 
     plan: Path
     stage: int
-    which: Literal["prior", "all"] = "prior"
 
 
 def train(
@@ -64,7 +63,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=schedule.rate, weight_decay=0.01, fused=True)
     rates = get_cosine_schedule_with_warmup(optimizer, max(1, schedule.steps // 10), schedule.steps)
     if freeze:
-        FrozenCores(freeze.plan, model, stage=freeze.stage, freeze=freeze.which).attach(optimizer)
+        FrozenCores(freeze.plan, model, stage=freeze.stage).attach(optimizer)
     for task, rows in batches(tasks, schedule, seed):
         torch.autograd.backward(learner.loss(model, task, rows))
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

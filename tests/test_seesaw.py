@@ -194,8 +194,8 @@ def bench(tmp_path: Path) -> Bench:
 def test_cpi_ft_trains_in_stages_and_keeps_the_first_core(bench: Bench) -> None:
     fused = load_file(methods.merged(bench, SEPARATE) / "model.safetensors")
     fused = {name: tensor.clone() for name, tensor in fused.items()}
-    done = load_file(methods.cpi_ft(bench, "done", SEPARATE) / "model.safetensors")
-    plan = Plan.load(bench.folder / "plans" / "done-plan")
+    done = load_file(methods.cpi_ft(bench, SEPARATE) / "model.safetensors")
+    plan = Plan.load(methods.planned(bench, methods.experts(bench), SEPARATE))
     assert plan.stages == [["movies"], ["scripture"]]
     starts = load_file(bench.learner.base / "model.safetensors")
     expert = load_file(bench.expert(bench.tasks["movies"]) / "model.safetensors")
@@ -259,9 +259,11 @@ def test_settings_are_chosen_on_validation_rows() -> None:
 
 
 def test_density_and_threshold_are_chosen_on_validation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "stages_of", lambda bench, parameters: [[str(parameters["tau"])]])
-    given = {f"cpi-ft-{each['density']}-{each['tau']}": 0.5 for each in staging.GRID}
-    benches = [Asked(given | {"cpi-ft-0.3-auto": share}) for share in (0.3, 0.9)]
+    monkeypatch.setattr(
+        staging, "cpi_ft_name", lambda bench, parameters: f"{parameters['density']}-{parameters['tau']}"
+    )
+    given = {f"{each['density']}-{each['tau']}": 0.5 for each in staging.GRID}
+    benches = [Asked(given | {"0.3-auto": share}) for share in (0.3, 0.9)]
     assert staging.chosen(cast("Sequence[Bench]", benches)) == PAPER | {"density": 0.3, "tau": "auto"}
     assert {split for bench in benches for split in bench.asked} == {"validation"}
 
@@ -294,7 +296,7 @@ def test_constants_are_in_force_while_they_are_tried(bench: Bench, tmp_path: Pat
     ]
     base = load_file(wide.learner.base / "model.safetensors")
     name = "encoder.layer.0.attention.self.query.weight"
-    core = Plan.load(wide.folder / "plans" / "levelled").tensors
+    core = Plan.load(methods.planned(wide, methods.experts(wide), DEFAULTS)).tensors
     assert {tensor.name: tensor.is_levelled for tensor in core}[name]
     moved = [float((tensors[name] - base[name]).norm() / base[name].norm()) for tensors in made]
     assert 0.001 <= moved[0] < moved[1]
