@@ -42,7 +42,7 @@ CAP_OF_LOW_RANK = 2.0  # or in means of all, each weighted with itself, where th
 LIMIT = 0.03  # how far a matrix is moved at most, as a share of its norm in the base
 LEAST = 0.01  # share of levelling that is worth a decomposition
 SMALLEST = 32  # the shorter side of a matrix: below that there are too few directions
-BLOCK = 512  # columns at a time; a constant, because it enters sums
+BLOCK = 1024  # columns at a time; a constant, because it enters sums
 PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less than a block of columns
 
 
@@ -99,10 +99,12 @@ def level(update: Floats, most: float = math.inf, share: float = 1.0) -> None:
     gain = 1 - share + share * scale * GAIN
     capped = 1 - share + share * scale * cap / values[strong]
     basis = vectors[:, strong].astype(np.float32)
-    excess = (1 - capped / gain).astype(np.float32)
+    excess = basis * (1 - capped / gain).astype(np.float32)
     del vectors
+    few = 2 * basis.shape[1] <= len(wide)  # then two narrow products are less work than a square one
+    square = None if few else excess @ basis.T
     for part in _blocks(wide):
-        part -= basis @ (excess[:, None] * (basis.T @ part))
+        part -= excess @ (basis.T @ part) if square is None else square @ part
         part *= np.float32(gain)
 
 
