@@ -18,9 +18,10 @@ from .preflight import Inputs, TensorSpec
 from .recipe import Recipe
 from .stream import values_of
 
-__all__ = ["UNEQUAL", "prospects", "size", "unequal"]
+__all__ = ["UNEQUAL", "UNEQUAL_KEPT", "prospects", "size", "unequal"]
 
-UNEQUAL = 4.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
+UNEQUAL = 8.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
+UNEQUAL_KEPT = 4.0  # and from here on where singular values are not levelled
 FOREIGN = 0.5  # of the weights' size: fine-tunes move them by 0.0001 to 0.1 of it, another model by 1.4
 DESCENT = 0.998  # agreement of directions beyond chance; two runs of one task reach 0.96, of half of it 0.994
 SURE = 400  # elements that chance would move apart, for it to mean anything; half of what is shared, as a rule
@@ -40,7 +41,9 @@ def prospects(plan: Plan, inputs: Inputs) -> list[str]:
     notes = [*_copies(plan), *(_foreign(name, times[name]) for name in foreign)]
     if foreign:
         return notes
-    return [*notes, *_descent(plan), *([] if _is_weighed(plan, inputs.recipe) else _unequal(plan.tasks))]
+    if _is_weighed(plan, inputs.recipe):
+        return [*notes, *_descent(plan)]
+    return [*notes, *_descent(plan), *_unequal(plan.tasks, UNEQUAL if inputs.recipe.levels else UNEQUAL_KEPT)]
 
 
 def size(task: Task) -> float:
@@ -98,10 +101,10 @@ def _descent(plan: Plan) -> Iterator[str]:
             )
 
 
-def _unequal(tasks: Sequence[Task]) -> Iterator[str]:
-    """One update that is far larger than the others."""
+def _unequal(tasks: Sequence[Task], limit: float) -> Iterator[str]:
+    """One update that is at least `limit` times as large as the others."""
     sizes = {task.name: size(task) for task in tasks if task.changed}
-    if len(sizes) < 2 or not all(sizes.values()) or (times := unequal(list(sizes.values()))) < UNEQUAL:
+    if len(sizes) < 2 or not all(sizes.values()) or (times := unequal(list(sizes.values()))) < limit:
         return
     name = max(sizes, key=lambda name: sizes[name])
     others = "that of the other task" if len(sizes) == 2 else "the median of the other tasks'"

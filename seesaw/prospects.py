@@ -22,8 +22,7 @@ import torch
 
 import cpimerge
 from cpimerge.plan_file import Plan
-from cpimerge.prospects import UNEQUAL as LIMIT
-from cpimerge.prospects import size, unequal
+from cpimerge.prospects import UNEQUAL, UNEQUAL_KEPT, size, unequal
 
 from .bench import Bench, Scores
 from .merging import AVERAGE, DEFAULTS, recipe, written
@@ -149,7 +148,9 @@ def tables(trials: Sequence[Trial]) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|"
     value = PREDICTORS["largest update to the median of the others"]
     ways = {"a limit from the other seeds": held_out(trials, value)}
-    ways |= {f"the limit {limit}": [value(trial) >= limit for trial in trials] for limit in (3, LIMIT, 8)}
+    ways |= {
+        f"the limit {limit:g}": [value(trial) >= limit for trial in trials] for limit in (3, UNEQUAL_KEPT, UNEQUAL)
+    }
     for name, warned in ways.items():
         cells = (
             cell for outcome in ("poor", "harmful") for cell in right(warned, list(map(OUTCOMES[outcome], trials)))

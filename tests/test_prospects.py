@@ -11,7 +11,7 @@ from checkpoints import save, write_recipe
 
 import cpimerge
 from cpimerge.plan_file import Plan
-from cpimerge.prospects import UNEQUAL, size, unequal
+from cpimerge.prospects import UNEQUAL, UNEQUAL_KEPT, size, unequal
 
 Tensors = dict[str, torch.Tensor]
 LARGE = "model.layers.0.w"
@@ -154,11 +154,17 @@ def test_sizes_are_the_mean_magnitudes(tmp_path: Path) -> None:
     assert size(planned.model_copy(update={"elements": 0, "core": 0})) == 0
 
 
-@pytest.mark.parametrize(("times", "noted"), [(UNEQUAL - 0.1, False), (UNEQUAL + 0.1, True)])
-def test_one_update_far_larger_than_the_others(tmp_path: Path, times: float, noted: bool) -> None:
+@pytest.mark.parametrize(
+    ("singular_values", "limit"), [("level", UNEQUAL), ("keep", UNEQUAL_KEPT)], ids=["level", "keep"]
+)
+@pytest.mark.parametrize(("beyond", "noted"), [(-0.1, False), (0.1, True)])
+def test_one_update_far_larger_than_the_others(
+    tmp_path: Path, beyond: float, noted: bool, singular_values: str, limit: float
+) -> None:
     """All have the same magnitudes times a factor, in other directions."""
+    times = limit + beyond
     experts = {"math": apart(0.01, 1), "code": apart(0.01 * times, 2), "chat": apart(0.002, 3), "law": apart(0.011, 4)}
-    found = notes(tmp_path, experts)
+    found = notes(tmp_path, experts, singular_values=singular_values)
     expected = (
         f"the update of 'code' is {times:.2g} times as large as the median of the other tasks': the fusion may be "
         "mostly 'code', and the others may fall below the base. Compare it with a plain average, give it a smaller "
@@ -177,7 +183,7 @@ def test_one_update_far_larger_than_the_others(tmp_path: Path, times: float, not
     ],
 )
 def test_who_averages_or_weighs_the_models_is_not_told(tmp_path: Path, weighed: dict[str, object], noted: bool) -> None:
-    assert len(notes(tmp_path, {"math": apart(0.05, 1), "code": apart(0.01, 2)}, **weighed)) == noted
+    assert len(notes(tmp_path, {"math": apart(0.09, 1), "code": apart(0.01, 2)}, **weighed)) == noted
 
 
 def test_the_weights_are_sampled_everywhere(tmp_path: Path) -> None:
@@ -194,8 +200,8 @@ def test_the_weights_are_sampled_everywhere(tmp_path: Path) -> None:
 
 
 def test_of_two_it_is_the_other(tmp_path: Path) -> None:
-    (note,) = notes(tmp_path, {"math": apart(0.05, 1), "code": apart(0.01, 2)})
-    assert note.startswith("the update of 'math' is 5 times as large as that of the other task: ")
+    (note,) = notes(tmp_path, {"math": apart(0.09, 1), "code": apart(0.01, 2)})
+    assert note.startswith("the update of 'math' is 9 times as large as that of the other task: ")
 
 
 def test_a_copy_of_the_base_is_not_one_of_the_others(tmp_path: Path) -> None:
