@@ -7,9 +7,11 @@ CPI-FT makes experts for T, fuses them, and trains on for T/3. What only merges 
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Mapping
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -101,23 +103,51 @@ def average(bench: Bench) -> Path:
     return merged(bench, AVERAGE)
 
 
-def cpi_ft(bench: Bench, parameters: Parameters, start: Parameters | None = None, freeze: bool = True) -> Path:
-    """The experts fused with `parameters`, or with `start`, and trained on in the stages of the plan of `parameters`.
+def unslerped(bench: Bench, parameters: Parameters) -> Path:
+    """The experts fused with `parameters`, but what is outside the cores is averaged.
+
+    So it would be if every slerp were a lerp. The plan says what is blended how, and is obeyed when it is edited.
+    """
+    plan = _scratch(bench) / "plan"
+    shutil.copytree(planned(bench, experts(bench), parameters), plan, dirs_exist_ok=True)
+    content = json.loads((plan / "plan.json").read_text())
+    for tensor in content["tensors"]:
+        if tensor["blend"]:
+            tensor["blend"]["coefficients"] = [1 / len(content["fold"])] * len(content["fold"])
+    (plan / "plan.json").write_text(json.dumps(content))
+    cpimerge.fuse(plan, _scratch(bench) / "model", force=True)
+    return _scratch(bench) / "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What CPI-FT trains on from instead of its own fusion; `name` is a part of the result's."""
+
+    name: str
+    make: Callable[[Bench], Path]
+
+
+FROM_AVERAGE = Start("average", average)
+FROM_UNSLERPED = Start("unslerped", lambda bench: unslerped(bench, PAPER))
+
+
+def cpi_ft(bench: Bench, parameters: Parameters, start: Start | None = None, freeze: bool = True) -> Path:
+    """The experts fused with `parameters`, trained on in the stages of that plan; or what `start` makes, trained so.
 
     Unless `freeze` is False, the cores of earlier stages are frozen.
     """
-    fused = merged(bench, start or parameters)
+    fused = start.make(bench) if start else merged(bench, parameters)
     plan = planned(bench, experts(bench), parameters)
     name = cpi_ft_name(bench, parameters, start, freeze)
     return staged(bench, name, fused, Plan.load(plan).stages, THIRD, plan if freeze else None)
 
 
-def cpi_ft_name(bench: Bench, parameters: Parameters, start: Parameters | None = None, freeze: bool = True) -> str:
+def cpi_ft_name(bench: Bench, parameters: Parameters, start: Start | None = None, freeze: bool = True) -> str:
     """The name of the model of `cpi_ft`: the same for the same stages and cores, whatever made the stages."""
     cores = {name: value for name, value in parameters.items() if name not in ("tau", "stages")}
     parts = ["cpi-ft", spelled(cores), spelled_stages(stages_of(bench, parameters))]
     if start:
-        parts.append(f"from-{spelled(start)}")
+        parts.append(f"from-{start.name}")
     if not freeze:
         parts.append("unfrozen")
     return "-".join(parts)
@@ -170,12 +200,19 @@ TRAINED = {  # by the name in the tables
 }
 
 ABLATIONS = {  # of CPI-FT
-    "no transplant: from the plain average": lambda bench: cpi_ft(bench, PAPER, AVERAGE),
+    "no transplant: from the plain average": lambda bench: cpi_ft(bench, PAPER, FROM_AVERAGE),
+    "no slerp: the rest averaged": lambda bench: cpi_ft(bench, PAPER, FROM_UNSLERPED),
     "cpimerge's fusion, singular values kept": lambda bench: cpi_ft(bench, DEFAULTS | KEPT | {"tau": 1}),
     "cpimerge's fusion": lambda bench: cpi_ft(bench, DEFAULTS | {"tau": 1}),
     "groups at random": lambda bench: cpi_ft(bench, PAPER | {"stages": random_groups(bench)}),
     "one group": lambda bench: cpi_ft(bench, TOGETHER),
-    "one group, from the plain average": lambda bench: cpi_ft(bench, TOGETHER, AVERAGE),
+    "one group, from the plain average": lambda bench: cpi_ft(bench, TOGETHER, FROM_AVERAGE),
     "density 0.3": lambda bench: cpi_ft(bench, DENSE),
     "density 0.3, no freezing": lambda bench: cpi_ft(bench, DENSE, freeze=False),
+}
+
+UNSLERPED = {  # fusions without a slerp, by the name of the one that has them
+    "fusion as in the paper": lambda bench: unslerped(bench, PAPER),
+    "fusion, singular values kept": lambda bench: unslerped(bench, DEFAULTS | KEPT),
+    "fusion, cpimerge's defaults": lambda bench: unslerped(bench, DEFAULTS),
 }

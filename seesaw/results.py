@@ -14,7 +14,7 @@ from . import staging
 from .bench import Bench, Scores, Split
 from .candidates import MERGES, OWN, chosen, key, make, validated
 from .merging import Parameters
-from .methods import ABLATIONS, TRAINED
+from .methods import ABLATIONS, TRAINED, UNSLERPED
 
 Spread = tuple[float, float | None]
 RESULTS = Path(__file__).parent / "results"
@@ -53,9 +53,12 @@ def _said(settings: Parameters) -> str:
 
 
 def ablate(benches: Sequence[Bench]) -> Iterator[Line]:
-    """Every ablation on the test rows."""
+    """Every ablation on the test rows: of CPI-FT, and of fusions their slerps."""
     for name, method in ABLATIONS.items():
         yield Line(name, "ablation", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
+    for fusion, method in UNSLERPED.items():
+        name = f"{fusion}, no slerp"
+        yield Line(name, "unslerped", [bench.scores(name, "test", partial(method, bench)) for bench in benches])
 
 
 def sweep(benches: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:

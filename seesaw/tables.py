@@ -12,6 +12,7 @@ from typing import Any
 
 from .constants import LOW_RANK, USUAL, Constants, ours
 from .merging import DEFAULTS
+from .methods import UNSLERPED
 from .results import RESULTS, Line, figures, load, spread
 
 PAGE = Path(__file__).parent.parent / "docs" / "seesaw.md"
@@ -39,6 +40,7 @@ def tables() -> Mapping[str, Sequence[str]]:
         found[f"{learner}-tasks"] = [*per_task(lines)]
     lines = [replace(line, settings="") for line in load("encoder")]
     found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
+    found["slerp"] = [*comparison(lines, ("unslerped",), [*UNSLERPED])]
     found["staging"] = [*staging_rows(json.loads((RESULTS / "staging.json").read_text()))]
     found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
     found["rates"] = [*rate_rows(json.loads((RESULTS / "rates.json").read_text()))]

@@ -217,6 +217,23 @@ def _fused_again(bench: Bench) -> Path:
     return methods.merged(bench, SEPARATE)
 
 
+@pytest.mark.parametrize("space", ["weights", "delta"])
+def test_without_slerps_what_is_outside_the_cores_is_the_average(bench: Bench, space: str) -> None:
+    parameters = SEPARATE | {"density": 0.02, "space": space, "singular_values": "keep"}
+    found = load_file(methods.unslerped(bench, parameters) / "model.safetensors")
+    experts = [load_file(path / "model.safetensors") for path in methods.experts(bench).values()]
+    moved = averaged = 0
+    for name, values in found.items():
+        average = torch.stack([expert[name] for expert in experts]).mean(dim=0)
+        near = (values - average).abs() <= 1e-6
+        core = torch.stack([values == expert[name] for expert in experts]).any(dim=0)
+        assert (near | core).all(), name
+        apart = experts[0][name] != experts[1][name]
+        moved, averaged = moved + int(apart.sum()), averaged + int((apart & near).sum())
+    cores = 2 * int(0.02 * sum(values.numel() for values in found.values()))
+    assert averaged >= moved - cores > 0.5 * moved
+
+
 def test_scores_are_measured_once(bench: Bench) -> None:
     calls = []
 
