@@ -20,8 +20,8 @@ from .stream import values_of
 
 __all__ = ["UNEQUAL", "UNEQUAL_KEPT", "prospects", "size", "unequal"]
 
-UNEQUAL = 8.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
-UNEQUAL_KEPT = 4.0  # and from here on where singular values are not levelled
+UNEQUAL = 6.0  # from here on the largest update drowns the others; measured by seesaw/prospects.py
+UNEQUAL_KEPT = 4.0  # and from here on where nothing is levelled; measured once, before levelling was the default
 FOREIGN = 0.5  # of the weights' size: fine-tunes move them by 0.0001 to 0.1 of it, another model by 1.4
 DESCENT = 0.998  # agreement of directions beyond chance; two runs of one task reach 0.96, of half of it 0.994
 SURE = 400  # elements that chance would move apart, for it to mean anything; half of what is shared, as a rule
@@ -43,7 +43,8 @@ def prospects(plan: Plan, inputs: Inputs) -> list[str]:
         return notes
     if _is_weighed(plan, inputs.recipe):
         return [*notes, *_descent(plan)]
-    return [*notes, *_descent(plan), *_unequal(plan.tasks, UNEQUAL if inputs.recipe.levels else UNEQUAL_KEPT)]
+    levels = any(tensor.is_levelled for tensor in plan.tensors)
+    return [*notes, *_descent(plan), *_unequal(plan.tasks, UNEQUAL if levels else UNEQUAL_KEPT)]
 
 
 def size(task: Task) -> float:

@@ -121,14 +121,14 @@ def unslerped(bench: Bench, parameters: Parameters) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What CPI-FT trains on from instead of its own fusion; `name` is a part of the result's."""
+    """What CPI-FT with some parameters trains on from instead of its own fusion; `name` is a part of the result's."""
 
     name: str
-    make: Callable[[Bench], Path]
+    make: Callable[[Bench, Parameters], Path]
 
 
-FROM_AVERAGE = Start("average", average)
-FROM_UNSLERPED = Start("unslerped", lambda bench: unslerped(bench, PAPER))
+FROM_AVERAGE = Start("average", lambda bench, _: average(bench))
+FROM_UNSLERPED = Start("unslerped", unslerped)
 
 
 def cpi_ft(bench: Bench, parameters: Parameters, start: Start | None = None, freeze: bool = True) -> Path:
@@ -136,10 +136,10 @@ def cpi_ft(bench: Bench, parameters: Parameters, start: Start | None = None, fre
 
     Unless `freeze` is False, the cores of earlier stages are frozen.
     """
-    fused = start.make(bench) if start else merged(bench, parameters)
+    origin = start.make(bench, parameters) if start else merged(bench, parameters)
     plan = planned(bench, experts(bench), parameters)
     name = cpi_ft_name(bench, parameters, start, freeze)
-    return staged(bench, name, fused, Plan.load(plan).stages, THIRD, plan if freeze else None)
+    return staged(bench, name, origin, Plan.load(plan).stages, THIRD, plan if freeze else None)
 
 
 def cpi_ft_name(bench: Bench, parameters: Parameters, start: Start | None = None, freeze: bool = True) -> str:

@@ -232,6 +232,23 @@ def test_without_slerps_what_is_outside_the_cores_is_the_average(bench: Bench, s
         moved, averaged = moved + int(apart.sum()), averaged + int((apart & near).sum())
     cores = 2 * int(0.02 * sum(values.numel() for values in found.values()))
     assert averaged >= moved - cores > 0.5 * moved
+    slerped = load_file(methods.merged(bench, parameters) / "model.safetensors")
+    assert any(not torch.equal(slerped[name], values) for name, values in found.items())
+
+
+def test_models_of_cpi_ft_have_a_name_each(bench: Bench) -> None:
+    """What has the same stages and cores is one model, whatever made the stages; all else are several."""
+    alone = methods.cpi_ft_name(bench, SEPARATE | {"tau": 0})
+    assert methods.cpi_ft_name(bench, SEPARATE | {"tau": 0.1}) == alone
+    others = [
+        methods.cpi_ft_name(bench, SEPARATE | {"stages": [["scripture"], ["movies"]]}),
+        methods.cpi_ft_name(bench, SEPARATE | {"stages": [["movies", "scripture"]]}),
+        methods.cpi_ft_name(bench, SEPARATE | {"density": 0.3}),
+        methods.cpi_ft_name(bench, SEPARATE, methods.FROM_AVERAGE),
+        methods.cpi_ft_name(bench, SEPARATE, methods.FROM_UNSLERPED),
+        methods.cpi_ft_name(bench, SEPARATE, freeze=False),
+    ]
+    assert len({alone, *others}) == 7
 
 
 def test_scores_are_measured_once(bench: Bench) -> None:
