@@ -41,10 +41,11 @@ def prospects(plan: Plan, inputs: Inputs) -> list[str]:
     notes = [*_copies(plan), *(_foreign(name, times[name]) for name in foreign)]
     if foreign:
         return notes
-    if _is_weighed(plan, inputs.recipe):
-        return [*notes, *_descent(plan)]
-    levels = any(tensor.is_levelled for tensor in plan.tensors)
-    return [*notes, *_descent(plan), *_unequal(plan.tasks, UNEQUAL if levels else UNEQUAL_KEPT)]
+    notes.extend(_descent(plan))
+    if not _is_weighed(plan, inputs.recipe):
+        levels = any(tensor.is_levelled for tensor in plan.tensors)
+        notes.extend(_unequal(plan.tasks, UNEQUAL if levels else UNEQUAL_KEPT))
+    return notes
 
 
 def size(task: Task) -> float:

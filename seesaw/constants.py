@@ -18,14 +18,13 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
-import cpimerge
 from cpimerge import levelling
 from cpimerge.checkpoint import layer_of
 from cpimerge.levelling import can_level
 
 from .bench import Bench
 from .merging import DEFAULTS
-from .methods import experts, planned
+from .methods import experts, fused_by_plan, planned
 from .rates import MULTIPLES, at_rate
 from .results import expert_scores, of_experts
 from .tasks import Task
@@ -82,10 +81,8 @@ def _kept(bench: Bench, these: Constants) -> Sequence[float]:
 def fused_with(bench: Bench, these: Constants) -> Path:
     """The experts fused with the defaults, but for these constants."""
     plan = planned(bench, experts(bench), DEFAULTS)  # knows what is levelled, and how far, but not to what
-    model = bench.folder / "scratch" / "model"
     with patch.multiple(levelling, **{name.upper(): value for name, value in asdict(these).items()}):
-        cpimerge.fuse(plan, model, force=True)
-    return model
+        return fused_by_plan(bench, plan)
 
 
 def of_low_rank(bench: Bench) -> Bench:

@@ -115,8 +115,14 @@ def unslerped(bench: Bench, parameters: Parameters) -> Path:
         if tensor["blend"]:
             tensor["blend"]["coefficients"] = [1 / len(content["fold"])] * len(content["fold"])
     (plan / "plan.json").write_text(json.dumps(content))
-    cpimerge.fuse(plan, _scratch(bench) / "model", force=True)
-    return _scratch(bench) / "model"
+    return fused_by_plan(bench, plan)
+
+
+def fused_by_plan(bench: Bench, plan: Path) -> Path:
+    """The model that cpimerge makes by the plan of a directory; an earlier one in its place is replaced."""
+    model = _scratch(bench) / "model"
+    cpimerge.fuse(plan, model, force=True)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +143,9 @@ def cpi_ft(bench: Bench, parameters: Parameters, start: Start | None = None, fre
     Unless `freeze` is False, the cores of earlier stages are frozen.
     """
     origin = start.make(bench, parameters) if start else merged(bench, parameters)
-    plan = planned(bench, experts(bench), parameters)
+    plan = planned(bench, experts(bench), parameters) if freeze else None
     name = cpi_ft_name(bench, parameters, start, freeze)
-    return staged(bench, name, origin, Plan.load(plan).stages, THIRD, plan if freeze else None)
+    return staged(bench, name, origin, stages_of(bench, parameters), THIRD, plan)
 
 
 def cpi_ft_name(bench: Bench, parameters: Parameters, start: Start | None = None, freeze: bool = True) -> str:
