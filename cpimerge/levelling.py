@@ -77,7 +77,7 @@ def level(update: Floats, most: float = math.inf, share: float = 1.0) -> None:
     The cap is CAP·√(Σσ²/m) of the m singular values, or CAP_OF_LOW_RANK·Σσ²/Σσ where that is more: in an update of low
     rank, such as a LoRA's, most of the m are 0. All are then scaled down together where √Σσ², the Frobenius norm of the
     result, would be above `most`. Only a `share` of each σ, 0 to 1, becomes so, the rest stays as it is. Sums are
-    float64; what is taken away is computed in float32. Raises numpy.linalg.LinAlgError where the decomposition fails.
+    float64; the matrix is multiplied in float32. Raises numpy.linalg.LinAlgError where the decomposition fails.
     """
     import numpy as np
 
@@ -98,14 +98,21 @@ def level(update: Floats, most: float = math.inf, share: float = 1.0) -> None:
     scale = min(1.0, most / reached)
     gain = 1 - share + share * scale * GAIN
     capped = 1 - share + share * scale * cap / values[strong]
-    basis = vectors[:, strong].astype(np.float32)
-    excess = basis * (1 - capped / gain).astype(np.float32)
+    basis = vectors[:, strong]
+    change = basis * (capped - gain)
     del vectors
-    few = 2 * basis.shape[1] <= len(wide)  # then two narrow products are less work than a square one
-    square = None if few else excess @ basis.T
-    for part in _blocks(wide):
-        part -= excess @ (basis.T @ part) if square is None else square @ part
-        part *= np.float32(gain)
+    if 2 * basis.shape[1] <= len(wide):  # then two narrow products are less work than a square one
+        thin, weights = basis.T.astype(np.float32), change.astype(np.float32)
+        for part in _blocks(wide):
+            changed = weights @ (thin @ part)
+            part *= np.float32(gain)
+            part += changed
+    else:
+        square = change @ basis.T
+        square[np.diag_indices(len(wide))] += gain
+        single = square.astype(np.float32)
+        for part in _blocks(wide):
+            part[:] = single @ part
 
 
 def reach(squares: float, rest: float) -> float:

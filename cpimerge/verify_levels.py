@@ -42,11 +42,11 @@ SHORTEST = 32  # side of a matrix that is levelled
 PACKED_BYTES = 4_000_000  # by BLAS, of small matrices; of large ones it is less than the columns
 COLUMNS = 512  # at a time, so that there are never as many doubles as elements
 
-# `fuse` computes what it takes away in float32, and the levelled fold is GAIN·F less that: its error goes with the
-# sizes of both, which cancel where one direction is far stronger than all others. Measured on 36 matrices of 48 x 80 to
-# 3072 x 4096 (random, of rank 1 and 8, with one huge element, one strong direction or heavy tails) it was at most 1e-6,
-# and mostly below 4e-7, of these sizes; it grows slowly with the sides. The singular values of low rank, which are
-# roots of what is 0 but for rounding, move the cap by less.
+# `fuse` multiplies the fold F by a matrix in float32: the levelled fold is GAIN·F less what is above the cap, and its
+# error goes with the sizes of both, which cancel where one direction is far stronger than all others. Measured on 36
+# matrices of 48 x 80 to 3072 x 4096 (random, of rank 1 and 8, with one huge element, one strong direction or heavy
+# tails) it was at most 1e-6, and mostly below 4e-7, of these sizes; it grows slowly with the sides. The singular values
+# of low rank, which are roots of what is 0 but for rounding, move the cap by less.
 TOLERANCE = 4e-6  # of the largest |GAIN·F| and the largest |levelled F| together
 
 Doubles = npt.NDArray[np.float64]
