@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,9 +101,22 @@ class Trial:
 
     @property
     def worst(self) -> float:
-        """The least score of a task beside the better of its expert and the base."""
-        return min(self.fusion[task] / max(self.expert[task], self.base[task]) for task in self.experts)
+        """The least score of a task of the fusion beside the better of its expert and the base."""
+        return min(self._beside(self.fusion))
 
+    def share(self, scores: Scores) -> float:
+        """The mean over the tasks of the score beside the better of the expert and the base."""
+        return mean(self._beside(scores))
+
+    def _beside(self, scores: Scores) -> list[float]:
+        return [scores[task] / max(self.expert[task], self.base[task]) for task in self.experts]
+
+
+WAYS: Sequence[Callable[[Trial], Scores]] = (
+    lambda trial: trial.fusion,
+    lambda trial: trial.average,
+    lambda trial: trial.base,
+)
 
 OUTCOMES: Mapping[str, Callable[[Trial], bool]] = {
     "poor": lambda trial: trial.worst < 0.9,
@@ -131,7 +145,7 @@ def main(folder: Path, results: Path) -> None:
     trials = [trial for bench in encoder_benches(folder, sorted(ODD)) for trial in measured(bench)]
     lines = ",\n ".join(json.dumps(asdict(trial)) for trial in trials)
     (results / "prospects.json").write_text(f"[\n {lines}\n]\n")
-    sys.stdout.write("\n".join((*tables(trials), "")))
+    sys.stdout.write("\n".join((*tables(trials), "", *shares_by_size(trials), "")))
 
 
 def tables(trials: Sequence[Trial]) -> Iterator[str]:
@@ -156,6 +170,17 @@ def tables(trials: Sequence[Trial]) -> Iterator[str]:
             cell for outcome in ("poor", "harmful") for cell in right(warned, list(map(OUTCOMES[outcome], trials)))
         )
         yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def shares_by_size(trials: Sequence[Trial]) -> Iterator[str]:
+    """What fusion, average and base keep of the experts, by the size of the largest update: lines of Markdown."""
+    yield "| largest update to the median of the others | recipes | fusion | plain average | base |"
+    yield "|---|--:|--:|--:|--:|"
+    value = PREDICTORS["largest update to the median of the others"]
+    for name, low, high in (("below 4", 0.0, 4.0), ("4 to 8", 4.0, 8.0), ("8 and more", 8.0, math.inf)):
+        those = [trial for trial in trials if low <= value(trial) < high]
+        kept = (mean(trial.share(way(trial)) for trial in those) for way in WAYS)
+        yield f"| {name} | {len(those)} | " + " | ".join(f"{share:.1%}" for share in kept) + " |"
 
 
 def right(warned: Sequence[bool], so: Sequence[bool]) -> tuple[str, str]:

@@ -352,6 +352,16 @@ def test_the_constants_are_those_that_were_chosen() -> None:
         assert max(means, key=means.__getitem__) == constants.ours(tried)
 
 
+def test_both_models_have_the_same_settings() -> None:
+    """They are chosen on the encoder, or on both: results of two different choices must not stand side by side."""
+    chosen = [
+        {line.name: line.settings for line in results.load(learner) if line.settings}
+        for learner in ("encoder", "causal")
+    ]
+    assert chosen[0] == chosen[1]
+    assert set(candidates.MERGES) < set(chosen[0])
+
+
 def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     page = tmp_path / "seesaw.md"
     page.write_text(tables.PAGE.read_text())

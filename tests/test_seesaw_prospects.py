@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seesaw.prospects import Trial, area, best_limit, held_out, right, tables
+from seesaw.prospects import Trial, area, best_limit, held_out, right, shares_by_size, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,9 +21,21 @@ def trial(seed: int, large: float, fusion: float) -> Trial:
 
 
 def test_the_page_has_the_tables_of_the_kept_results() -> None:
+    page = (ROOT / "docs/payoff.md").read_text(encoding="utf-8")
     kept = json.loads((ROOT / "seesaw/results/prospects.json").read_text(encoding="utf-8"))
-    lines = "\n".join(tables([Trial(**each) for each in kept]))
-    assert f"<!-- prospects -->\n{lines}\n<!-- /prospects -->" in (ROOT / "docs/payoff.md").read_text(encoding="utf-8")
+    for name, lines in (("prospects", tables), ("by-size", shares_by_size)):
+        content = "\n".join(lines([Trial(**each) for each in kept]))
+        assert f"<!-- {name} -->\n{content}\n<!-- /{name} -->" in page
+
+
+def test_shares_by_size() -> None:
+    """Of each task beside the better of expert (0.8) and base (0.5), the mean over tasks and then recipes."""
+    lines = list(shares_by_size([trial(0, 2, 0.8), trial(0, 3.9, 0.4), trial(0, 4, 0.6), trial(1, 8, 0.2)]))
+    assert [line.removeprefix("| ") for line in lines[2:]] == [
+        "below 4 | 2 | 75.0% | 87.5% | 62.5% |",
+        "4 to 8 | 1 | 75.0% | 87.5% | 62.5% |",
+        "8 and more | 1 | 25.0% | 87.5% | 62.5% |",
+    ]
 
 
 def test_area() -> None:
