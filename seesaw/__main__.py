@@ -33,11 +33,10 @@ def main() -> None:
     """Everything, or the parts that are asked for."""
     options = parse()
     torch.set_num_threads(options.threads)
-    parts = options.parts or PARTS
     options.folder.mkdir(parents=True, exist_ok=True)
     with (options.folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time: they share what they write
-        run(options, parts)
+        run(options, options.parts)
 
 
 def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
@@ -98,14 +97,23 @@ def causal_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:
     return [Bench(learner, tasks, CAUSAL, seed, folder.resolve() / learner.name / str(seed)) for seed in seeds]
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def part(name: str) -> str:
+    """`name`, if it is that of a part. argparse's own `choices` refuse that none is given (in Python 3.11)."""
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"no part is called {name!r}. The parts are: {', '.join(PARTS)}")
+    return name
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: that of the process unless `arguments` are given."""
     parser = argparse.ArgumentParser(prog="python -m seesaw", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
+    parser.add_argument(
+        "parts", nargs="*", type=part, default=PARTS, metavar="part", help=f"{', '.join(PARTS)}; default: all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path(".seesaw"), help="keeps packages, models and scores")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from cpimerge.levelling import can_level
 from cpimerge.plan_file import Plan
 from cpimerge.recipe import Recipe, parse_recipe
 from seesaw import candidates, constants, methods, results, spectral, staging, tables
+from seesaw.__main__ import PARTS, parse
 from seesaw.bench import Bench
 from seesaw.merging import DEFAULTS, PAPER, Parameters, mergekits, recipe, save_like, written
 from seesaw.tasks import Row, Task, half, split
@@ -33,6 +34,15 @@ def texts(count: int) -> list[tuple[str, str, str]]:
     """Three texts a document, of two classes, one three times as frequent."""
     draw = random.Random(5)
     return [(f"d{i // 3}", draw.choice(("a", "a", "a", "b")), f"text {i}") for i in range(count)]
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """`make seesaw` names no part, and does all of them."""
+    assert parse([]).parts == PARTS
+    assert parse(["rates", "tables", "--seeds", "0", "2"]).parts == ["rates", "tables"]
+    with pytest.raises(SystemExit):
+        parse(["rate"])
+    assert "no part is called 'rate'. The parts are: encoder, causal," in capsys.readouterr().err
 
 
 def test_no_document_is_in_two_splits_and_classes_are_balanced() -> None:
