@@ -33,7 +33,7 @@ lint: $(VENV)/stamp-test ## check style, formatting and types
 bench: $(VENV)/stamp-test ## measure speed and memory, beside mergekit
 	@$(BIN)/python benchmarks/bench.py
 
-seesaw: $(VENV)/stamp-seesaw ## train and merge real models in every way that is compared, and rewrite docs/seesaw.md's tables: hours
+seesaw: $(VENV)/stamp-seesaw ## train and merge real models in every way that is compared, and rewrite the tables in docs: hours
 	@$(BIN)/python -m seesaw $(SEESAW)
 
 fuzz: $(VENV)/stamp-fuzz ## look for inputs that break a parser: FUZZ="--seconds 20" for each of them

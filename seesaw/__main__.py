@@ -18,7 +18,7 @@ from .bench import Bench
 from .constants import constants
 from .forgetting import forgetting
 from .rates import rates
-from .tables import write_tables
+from .tables import write_pages
 from .tasks import main_tasks, related_tasks
 from .training import Learner, Schedule
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
     if "prospects" in parts:
         prospects.main(options.folder, results.RESULTS)
     if "tables" in parts:
-        write_tables()
+        write_pages()
 
 
 def _write(name: str, content: Any) -> None:

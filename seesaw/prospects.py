@@ -6,11 +6,9 @@ rate, far longer, hardly at all, from another model than the base, or on labels 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,8 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-import torch
 
 import cpimerge
 from cpimerge.plan_file import Plan
@@ -139,16 +135,20 @@ PREDICTORS: Mapping[str, Callable[[Trial], float]] = {
 
 
 def main(folder: Path, results: Path) -> None:
-    """Measure, keep the trials in `results`, and write the tables of docs/payoff.md to the terminal."""
+    """Measure, and keep the trials in `results`."""
     from .__main__ import encoder_benches
 
     trials = [trial for bench in encoder_benches(folder, sorted(ODD)) for trial in measured(bench)]
     lines = ",\n ".join(json.dumps(asdict(trial)) for trial in trials)
     (results / "prospects.json").write_text(f"[\n {lines}\n]\n")
-    sys.stdout.write("\n".join((*tables(trials), "", *shares_by_size(trials), "")))
 
 
-def tables(trials: Sequence[Trial]) -> Iterator[str]:
+def prospect_tables(trials: Sequence[Trial]) -> Mapping[str, Sequence[str]]:
+    """The tables of docs/payoff.md by name, as lines of Markdown."""
+    return {"prospects": [*foretold(trials)], "by-size": [*shares_by_size(trials)]}
+
+
+def foretold(trials: Sequence[Trial]) -> Iterator[str]:
     """How well everything foretells every outcome, and how often the shipped rule is right: lines of Markdown."""
     yield f"| {len(trials)} recipes | " + " | ".join(OUTCOMES) + " |"
     yield "|---|" + "--:|" * len(OUTCOMES)
@@ -279,10 +279,3 @@ def seen(plan: Plan) -> dict[str, Any]:
         "agreements": [pair.aligned / pair.compared for pair in plan.pairs],
         "lifts": [pair.lift for pair in plan.pairs],
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(prog="python -m seesaw.prospects", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".seesaw"), help="keeps packages, models and scores")
-    main(parser.parse_args().folder, Path(__file__).parent / "results")

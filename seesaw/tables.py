@@ -1,4 +1,4 @@
-"""The tables of docs/seesaw.md, written between marks in its text: every figure there was measured."""
+"""The tables of the pages in docs, written between marks in their texts: every figure there was measured."""
 
 from __future__ import annotations
 
@@ -13,26 +13,43 @@ from typing import Any
 from .constants import LOW_RANK, USUAL, Constants, ours
 from .merging import DEFAULTS
 from .methods import UNSLERPED
+from .prospects import Trial, prospect_tables
+from .relation_tables import relation_tables
 from .results import RESULTS, Line, figures, load, spread
 
-PAGE = Path(__file__).parent.parent / "docs" / "seesaw.md"
+DOCS = Path(__file__).parent.parent / "docs"
 KINDS = ("reference", "merge", "training")
 
 
-def write_tables(page: Path = PAGE) -> None:
-    """Put the tables of what was measured into `page`, each between its marks `<!-- name -->` and `<!-- /name -->`."""
-    text = page.read_text()
-    for name, rows in tables().items():
+def write_pages(docs: Path = DOCS) -> None:
+    """Put what was measured into all pages of `docs` that have tables of it."""
+    write_tables(docs / "seesaw.md", tables())
+    write_tables(docs / "grouping.md", relation_tables(_kept("relations")))
+    write_tables(docs / "payoff.md", prospect_tables([Trial(**each) for each in _kept("prospects")]))
+
+
+def write_tables(page: Path, tables: Mapping[str, Sequence[str]]) -> None:
+    """Put `tables`, lines of Markdown by name, into `page`, each between `<!-- name -->` and `<!-- /name -->`.
+
+    Raises ValueError where `page` has not exactly one place for each.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, rows in tables.items():
         table = "\n".join(rows)
         marks = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
         text, found = marks.subn(f"{table}\n".replace("\\", r"\\"), text)
         if found != 1:
             raise ValueError(f"{page}: it has {found} places for the table {name!r}; one is needed")
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
+
+
+def _kept(name: str) -> Any:
+    """The results of that name."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def tables() -> Mapping[str, Sequence[str]]:
-    """All tables by name, as lines of Markdown."""
+    """Those of docs/seesaw.md by name, as lines of Markdown."""
     found = {}
     for learner in ("encoder", "causal"):
         lines = load(learner)
@@ -41,13 +58,13 @@ def tables() -> Mapping[str, Sequence[str]]:
     lines = [replace(line, settings="") for line in load("encoder")]
     found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
     found["slerp"] = [*comparison(lines, ("unslerped",), [*UNSLERPED])]
-    found["staging"] = [*staging_rows(json.loads((RESULTS / "staging.json").read_text()))]
-    found["forgetting"] = [*forgetting_rows(json.loads((RESULTS / "forgetting.json").read_text()))]
-    found["rates"] = [*rate_rows(json.loads((RESULTS / "rates.json").read_text()))]
-    tried = json.loads((RESULTS / "constants.json").read_text())
+    found["staging"] = [*staging_rows(_kept("staging"))]
+    found["forgetting"] = [*forgetting_rows(_kept("forgetting"))]
+    found["rates"] = [*rate_rows(_kept("rates"))]
+    tried = _kept("constants")
     found["constants"] = [*constants_rows(tried, USUAL)]
     found["low-rank"] = [*constants_rows(tried, LOW_RANK)]
-    found["sweep"] = [*sweep_rows(json.loads((RESULTS / "sweep.json").read_text()))]
+    found["sweep"] = [*sweep_rows(_kept("sweep"))]
     return found
 
 

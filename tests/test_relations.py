@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from seesaw.relations import Expert, adjusted_rand, components, draws, experts, relation, row, score
+from seesaw.relation_tables import relation_tables
+from seesaw.relations import (
+    CLASSES,
+    DENSITIES,
+    SCOPES,
+    Expert,
+    adjusted_rand,
+    components,
+    draws,
+    experts,
+    relation,
+    row,
+    score,
+)
 
 
 def expert(name: str) -> Expert:
@@ -82,3 +96,51 @@ def test_experts_are_those_of_all_steps(tmp_path: Path) -> None:
     for name in ("1/models/expert-news", "0/models/expert-news-a", "0/models/expert-news-0.33", "0/models/full"):
         (tmp_path / name).mkdir(parents=True)
     assert [(one.task, one.seed) for one in experts(tmp_path)] == [("news-a", 0), ("news", 1)]
+
+
+def test_tables() -> None:
+    """Every cell is that of its class, rule, kind, scope and density."""
+    found = {kind: found_of(place) for place, kind in enumerate(("encoder", "causal"))}
+    tables = relation_tables(found)
+    assert tables["classes"][0] == (
+        "| measure | density | same task (10) | half and whole (11) | halves (12) | sisters (13) | unrelated (14) |"
+    )
+    assert tables["classes"][3] == ("| | 1% | 1.0 … 51.0% | 1.1 … 51.1% | 1.2 … 51.2% | 1.3 … 51.3% | 1.4 … 51.4% |")
+    assert tables["classes"][6].startswith("| agreement | 0.1% | −0.10 … 0.50 | −0.10 … 0.50 |")
+    assert tables["exact"][2:4] == [
+        "| `tau: auto` | encoder | tensor | 10% | 11% | 12% | 13% |",
+        "| | | global | 14% | 15% | 16% | 17% |",
+    ]
+    assert tables["exact"][8] == "| | causal | tensor | 60% | 61% | 62% | 63% |"
+    assert tables["twos"][2] == "| tensor | 0.1% | 2 of 12 | 3 of 13 | 4 of 14 | 4 of 14 |"
+    assert tables["twos"][8] == "| | 5% | 62 | 63 | 64 | 64 |"
+    assert [len(rows) for rows in tables.values()] == [10, 10, 10]
+
+
+def found_of(kind: int) -> dict[str, Any]:
+    """What relations.py might find of a kind of experts: a number for every place."""
+    cases = list(product(SCOPES, DENSITIES))
+
+    def values(measure: str, density: str, number: int) -> dict[str, float]:
+        if measure == "agreement":
+            return {"least": -0.1, "most": 0.5}
+        least = DENSITIES.index(density) / 100 + number / 1000
+        return {"least": least, "most": least + 0.5}
+
+    return {
+        "pairs": {name: 10 + number for number, name in enumerate(CLASSES)},
+        "measures": [
+            {"measure": measure, "scope": scope, "density": density}
+            | {name: values(measure, density, number) for number, name in enumerate(CLASSES)}
+            for (scope, density), measure in product(cases, ("Jaccard", "agreement"))
+        ],
+        "cuts": [
+            {"rule": rule, "scope": scope, "density": density, "exact": (10 + place + 40 * late + 10 * kind) / 100}
+            for place, (scope, density) in enumerate(cases)
+            for late, rule in enumerate(("tau: auto", "tau: 0.1"))
+        ],
+        "pairs grouped": [
+            {"scope": scope, "density": density} | {name: 10 * place + number for number, name in enumerate(CLASSES)}
+            for place, (scope, density) in enumerate(cases)
+        ],
+    }

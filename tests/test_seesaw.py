@@ -372,8 +372,19 @@ def test_both_models_have_the_same_settings() -> None:
     assert set(candidates.MERGES) < set(chosen[0])
 
 
-def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
-    page = tmp_path / "seesaw.md"
-    page.write_text(tables.PAGE.read_text())
-    tables.write_tables(page)
-    assert page.read_text() == tables.PAGE.read_text()
+def test_the_pages_have_what_was_measured(tmp_path: Path) -> None:
+    pages = ("seesaw.md", "grouping.md", "payoff.md")
+    for page in pages:
+        (tmp_path / page).write_bytes((tables.DOCS / page).read_bytes())
+    tables.write_pages(tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_bytes() == (tables.DOCS / page).read_bytes()
+
+
+def test_a_table_without_its_place_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for text, found in (("none", 0), ("<!-- rows -->\n| b |\n<!-- /rows -->\n" * 2, 2)):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=f"{found} places for the table 'rows'; one is needed"):
+            tables.write_tables(page, {"rows": ["| a |"]})
+        assert page.read_text() == text
