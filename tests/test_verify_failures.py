@@ -119,27 +119,54 @@ def element_at(file: Path, byte: int) -> tuple[str, int] | None:
     return None
 
 
-def renamed_to_one_in_another(file: Path) -> set[str]:
-    """What is said where a tensor of `file` has the name of one in a later file: that, and that its own is gone."""
-    return {f"is in {file.name}, too", "missing: no file of weights has it"}
+def names(file: Path) -> set[str]:
+    """The tensors that the header of a safetensors file names; none where it cannot be read."""
+    raw = file.read_bytes()
+    try:
+        entries = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]].decode("utf-8"))
+    except ValueError:
+        return set()
+    return {*entries} - {"__metadata__"} if isinstance(entries, dict) else set()
 
 
-def test_a_tensor_with_the_name_of_one_in_another_file(originals: dict[str, Path], tmp_path: Path) -> None:
-    """Both files are named, and what no file has any more."""
+def elsewhere(file: Path) -> set[tuple[str, str]]:
+    """File and problem of what is said elsewhere than of `file`, where it has got a name that another has, too.
+
+    That name is told of the later of the two, and the tensor that `file` had is nowhere any more.
+    """
+    others = [other for other in file.parent.glob("*.safetensors") if other != file and names(file) & names(other)]
+    told = {(other.name, f"is in {file.name}, too") for other in others if other.name > file.name}
+    return told | {(file.parent.name, "missing: no file of weights has it")} if others else set()
+
+
+def said_elsewhere(file: Path, failures: tuple[Failure, ...]) -> set[tuple[str, str]]:
+    told = {(Path(failure.file).name, failure.problem) for failure in failures}
+    return {(name, problem) for name, problem in told if name != file.name}
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_tensor_with_the_name_of_one_in_another_file(originals: dict[str, Path], tmp_path: Path, later: bool) -> None:
+    """The name that two have is told of the later one, and what no file has any more."""
     home = copied(originals["elect"], tmp_path / "spoilt")
-    held = {path: list(load_file(path)) for path in sorted((home / "out").glob("*.safetensors"))}
-    file, own, taken = next(
-        (first, own, other)
-        for first, second in itertools.combinations(held, 2)
-        for own in held[first]
-        for other in held[second]
-        if len(own) == len(other) and load_file(first)[own].shape == load_file(second)[other].shape
+    held = {path: load_file(path) for path in sorted((home / "out").glob("*.safetensors"), reverse=later)}
+    file, other, own, taken = next(
+        (file, other, own, taken)
+        for file, other in itertools.combinations(held, 2)
+        for own in held[file]
+        for taken in held[other]
+        if len(own) == len(taken) and held[file][own].shape == held[other][taken].shape
     )
+    held.clear()  # they are the files' memory
     file.write_bytes(file.read_bytes().replace(f'"{own}"'.encode(), f'"{taken}"'.encode(), 1))
     failures = refuse(home)
-    others = [failure for failure in failures if Path(failure.file).name != file.name]
-    assert {failure.problem for failure in others} == renamed_to_one_in_another(file)
-    assert {failure.tensor for failure in others} == {own, taken}
+    missing = ("out", "missing: no file of weights has it")
+    assert said_elsewhere(file, failures) == (
+        {missing} if later else {(other.name, f"is in {file.name}, too"), missing}
+    )
+    assert said_elsewhere(file, failures) == elsewhere(file)
+    twice = only(tuple(failure for failure in failures if failure.problem.endswith(", too")))
+    assert (Path(twice.file), twice.tensor) == (max(file, other), taken)
+    assert [failure.tensor for failure in failures if Path(failure.file).name == "out"] == [own]
 
 
 @few
@@ -159,15 +186,11 @@ def test_any_bit_of_the_output(
         assert file.name == MANIFEST
         return
     assert failures
-    named = {Path(failure.file).name for failure in failures}
     if file.name == MANIFEST:  # or the file that it describes
         return
-    assert file.name in named
-    others = {failure.problem for failure in failures if Path(failure.file).name != file.name}
-    if file.suffix == ".safetensors" and element is None:  # in the header a tensor may have got the name of another's
-        assert others <= renamed_to_one_in_another(file)
-    else:
-        assert not others
+    assert file.name in {Path(failure.file).name for failure in failures}
+    in_header = file.suffix == ".safetensors" and element is None
+    assert said_elsewhere(file, failures) == (elsewhere(file) if in_header else set())
     if element is not None:
         assert [(failure.tensor, failure.index) for failure in failures if failure.tensor] == [element]
         assert [failure.problem for failure in failures if not failure.tensor] == ["its sha256 is not the manifest's"]
