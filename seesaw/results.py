@@ -95,17 +95,27 @@ def of_experts(scores: Scores, best: Scores) -> list[float]:
 
 
 def save(lines: Sequence[Line], learner: str) -> None:
-    """Keep what was measured beside this module, for the tables and whoever reads them."""
-    RESULTS.mkdir(exist_ok=True)
+    """Keep the lines of a model."""
     content = [
         {"name": line.name, "kind": line.kind, "settings": line.settings, "seeds": list(line.seeds)} for line in lines
     ]
-    (RESULTS / f"{learner}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(learner, content)
 
 
 def load(learner: str) -> list[Line]:
     """What `save` kept."""
-    return [Line(**each) for each in json.loads((RESULTS / f"{learner}.json").read_text())]
+    return [Line(**each) for each in read(learner)]
+
+
+def write(name: str, content: Any) -> None:
+    """Keep what was measured as JSON beside this module, for the tables and whoever reads them."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read(name: str) -> Any:
+    """What `write` kept under that name."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)

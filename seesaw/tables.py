@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
@@ -15,7 +14,7 @@ from .merging import DEFAULTS
 from .methods import UNSLERPED
 from .prospects import Trial, prospect_tables
 from .relation_tables import relation_tables
-from .results import RESULTS, Line, figures, load, spread
+from .results import Line, figures, load, read, spread
 
 DOCS = Path(__file__).parent.parent / "docs"
 KINDS = ("reference", "merge", "training")
@@ -24,8 +23,8 @@ KINDS = ("reference", "merge", "training")
 def write_pages(docs: Path = DOCS) -> None:
     """Put what was measured into all pages of `docs` that have tables of it."""
     write_tables(docs / "seesaw.md", tables())
-    write_tables(docs / "grouping.md", relation_tables(_kept("relations")))
-    write_tables(docs / "payoff.md", prospect_tables([Trial(**each) for each in _kept("prospects")]))
+    write_tables(docs / "grouping.md", relation_tables(read("relations")))
+    write_tables(docs / "payoff.md", prospect_tables([Trial(**each) for each in read("prospects")]))
 
 
 def write_tables(page: Path, tables: Mapping[str, Sequence[str]]) -> None:
@@ -43,11 +42,6 @@ def write_tables(page: Path, tables: Mapping[str, Sequence[str]]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def _kept(name: str) -> Any:
-    """The results of that name."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def tables() -> Mapping[str, Sequence[str]]:
     """Those of docs/seesaw.md by name, as lines of Markdown."""
     found = {}
@@ -58,13 +52,13 @@ def tables() -> Mapping[str, Sequence[str]]:
     lines = [replace(line, settings="") for line in load("encoder")]
     found["ablations"] = [*comparison(lines, ("ablation",), ("CPI-FT", "full multi-task fine-tuning"))]
     found["slerp"] = [*comparison(lines, ("unslerped",), [*UNSLERPED])]
-    found["staging"] = [*staging_rows(_kept("staging"))]
-    found["forgetting"] = [*forgetting_rows(_kept("forgetting"))]
-    found["rates"] = [*rate_rows(_kept("rates"))]
-    tried = _kept("constants")
+    found["staging"] = [*staging_rows(read("staging"))]
+    found["forgetting"] = [*forgetting_rows(read("forgetting"))]
+    found["rates"] = [*rate_rows(read("rates"))]
+    tried = read("constants")
     found["constants"] = [*constants_rows(tried, USUAL)]
     found["low-rank"] = [*constants_rows(tried, LOW_RANK)]
-    found["sweep"] = [*sweep_rows(_kept("sweep"))]
+    found["sweep"] = [*sweep_rows(read("sweep"))]
     return found
 
 
