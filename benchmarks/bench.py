@@ -41,9 +41,10 @@ SECTIONS = {
         "scope global, scope layer, granularity row, space delta, levelling beside the usual settings",
     ),
     "experts": Section(sections.experts, 3, 5, "seconds for each GB with 2, 4, 8 and 16 experts"),
-    "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint; --large: and 8 GB"),
+    "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint"),
     "small": Section(sections.small, 3, 3, "the same bytes in 300 and in 20,100 tensors"),
     "cold": Section(sections.cold, 3, 3, "plan and fuse of files that are not in the page cache (Linux)"),
+    "large": Section(sections.large, 1, 15, "the same of three checkpoints of 8 GB; 40 GB of disk (Linux)"),
     "memory": Section(sections.memory, 1, 3, "what plan and fuse of one tensor of 1 GiB allocate (Linux)"),
 }
 
@@ -69,9 +70,8 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sections", type=chosen, default=["main"], help="with commas between, or all; default: main")
-    parser.add_argument("-n", "--rounds", type=int, help="default: each section's own, 3 but for memory")
+    parser.add_argument("-n", "--rounds", type=int, help="default: each section's own, 3 but for large and memory")
     parser.add_argument("--directory", type=Path, help="where inputs are kept; default: a temporary directory")
-    parser.add_argument("--large", action="store_true", help="sizes: also 8 GB a checkpoint; 60 GB of disk, 30 minutes")
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument("--scale", type=float, default=1, help="shortens every tensor, to try the benchmark itself")
     return parser.parse_args()
@@ -89,7 +89,7 @@ def measure(section: Section, directory: Path, options: argparse.Namespace) -> s
     rounds = options.rounds or section.rounds
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="work-", dir=directory) as work:
-        return section.run(Bench(directory, Path(work), rounds, options.scale, options.large, not options.no_mergekit))
+        return section.run(Bench(directory, Path(work), rounds, options.scale, not options.no_mergekit))
 
 
 if __name__ == "__main__":

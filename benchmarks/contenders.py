@@ -64,7 +64,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Merge:
-    """`cpimerge plan` and `cpimerge fuse` of one recipe, and `cpimerge merge`. The fuse obeys the plan made last."""
+    """`cpimerge plan`, `fuse` and `verify` of one recipe, and `cpimerge merge`. Each obeys what was made last."""
 
     recipe: Path
     plan_dir: Path
@@ -72,6 +72,7 @@ class Merge:
     plan: Contender
     fuse: Contender
     both: Contender
+    verify: Contender
 
 
 def merge(
@@ -89,9 +90,11 @@ def merge(
     planning = Contender("cpimerge plan", [CPIMERGE, "plan", str(recipe), "-o", str(plan)], lambda: remove(plan))
     fusing = Contender("cpimerge fuse", [CPIMERGE, "fuse", str(plan), "-o", str(out)], lambda: remove(out))
     both = Contender("cpimerge merge", [CPIMERGE, "merge", str(recipe), "-o", str(merged)], lambda: remove(merged))
+    verifying = Contender("cpimerge verify", [CPIMERGE, "verify", str(out), "--plan", str(plan)])
     if startup:
-        planning.startup, fusing.startup, both.startup = startup.plan, startup.fuse, startup.both
-    return Merge(recipe, plan, out, planning, fusing, both)
+        planning.startup, fusing.startup = startup.plan, startup.fuse
+        both.startup, verifying.startup = startup.both, startup.verify
+    return Merge(recipe, plan, out, planning, fusing, both, verifying)
 
 
 def in_turn(contenders: Sequence[Contender], rounds: int) -> None:

@@ -21,7 +21,6 @@ class Bench:
     work: Path
     rounds: int
     scale: float
-    large: bool
     mergekit: bool
 
     def checkpoints(self, model: str, experts: int = EXPERTS) -> list[Path]:
@@ -35,8 +34,8 @@ class Bench:
     def startup(self) -> Merge:
         """The merge of one small tensor: all that it takes is start-up."""
         merged = merge(self.work, "point", self.checkpoints("point"))
-        for command, contender in (("plan", merged.plan), ("fuse", merged.fuse), ("merge", merged.both)):
-            contender.name = f"start-up of {command}"
+        for contender in (merged.plan, merged.fuse, merged.both, merged.verify):
+            contender.name = contender.name.replace("cpimerge", "start-up of")
         return merged
 
 

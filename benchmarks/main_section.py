@@ -23,7 +23,8 @@ def main_section(bench: Bench) -> str:
     levelled.name = "cpimerge merge, defaults"
     floors = [reading(paths), copying(bench.work, paths[0])]
     usage = Contender("cpimerge --help", [CPIMERGE, "--help"])
-    ours = [startup.plan, startup.fuse, startup.both, usage, merged.plan, merged.fuse, merged.both, levelled]
+    starts = [startup.plan, startup.fuse, startup.verify, startup.both]
+    ours = [*starts, usage, merged.plan, merged.fuse, merged.verify, merged.both, levelled]
     theirs = mergekit(bench.work, paths) if bench.mergekit else []
     predict(merged)  # a first time, which compiles kernels and brings the inputs into the page cache
     prediction = predict(merged)
@@ -60,10 +61,11 @@ def _against(
 ) -> dict[str, str]:
     """Ours without start-up against the floor; others against `cpimerge merge`, whole commands both."""
     read, copy = floors
-    plan, fuse = merged.plan, merged.fuse
+    plan, fuse, verify = merged.plan, merged.fuse, merged.verify
     return {
         plan.name: f"{times(plan.work, read.work)} cat of all inputs",
         fuse.name: f"{times(fuse.work, read.work, copy.work)} cat and flushed copy",
+        verify.name: f"{times(verify.work, plan.work, fuse.work)} cpimerge plan and fuse",
         levelled.name: f"{times(levelled.seconds, merged.both.seconds)} cpimerge merge",
     } | {
         one.name: f"{times(one.seconds, merged.both.seconds)} cpimerge merge, "

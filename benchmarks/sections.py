@@ -55,8 +55,7 @@ def _linked(work: Path, paths: Sequence[Path], count: int) -> list[Path]:
 
 def sizes(bench: Bench) -> str:
     """Growth with the size of the model."""
-    models = ("little", "usual", *(["large"] if bench.large else []))
-    cases = [bench.checkpoints(model) for model in models]
+    cases = [bench.checkpoints(model) for model in ("little", "usual")]
     return _growth(bench, {f"{gigabytes(total(paths[:1]))} a checkpoint": paths for paths in cases})
 
 
@@ -97,7 +96,16 @@ def _beside_first(cases: Mapping[str, tuple[list[float], list[float]]], name: st
 
 def cold(bench: Bench) -> str:
     """The same commands with inputs that are not in the page cache. Linux only."""
-    paths, startup = bench.checkpoints("usual"), bench.startup()
+    return _cold(bench, bench.checkpoints("usual"))
+
+
+def large(bench: Bench) -> str:
+    """Those of a model whose files may be more than the page cache holds. Linux only."""
+    return _cold(bench, bench.checkpoints("large", 2))
+
+
+def _cold(bench: Bench, paths: Sequence[Path]) -> str:
+    startup = bench.startup()
     merged = merge(bench.work, "cold", paths, startup)
     read, copy, plan, fuse = reading(paths), copying(bench.work, paths[0]), merged.plan, merged.fuse
     for contender in (read, copy, plan, fuse):
@@ -107,8 +115,13 @@ def cold(bench: Bench) -> str:
         plan.name: f"{times(plan.work, read.work)} {read.name}",
         fuse.name: f"{times(fuse.work, read.work)} {read.name}, {times(fuse.work, read.work, copy.work)} both",
     }
-    rows = [[one.name, seconds(one.work), against.get(one.name, "")] for one in (read, copy, plan, fuse)]
-    return table(["command, inputs not in the page cache", "seconds without start-up", "against"], rows)
+    gb = {one: total(paths) / 1e9 for one in (read.name, plan.name, fuse.name)} | {copy.name: total(paths[:1]) / 1e9}
+    rows = [
+        [one.name, seconds(one.work), seconds([each / gb[one.name] for each in one.work]), megabytes(one.peak)]
+        for one in (read, copy, plan, fuse)
+    ]
+    head = ["inputs not in the page cache", "seconds without start-up", "for each GB read", "peak memory", "against"]
+    return table(head, [[*row, against.get(row[0], "")] for row in rows])
 
 
 def _dropping(files: Sequence[Path], before: Callable[[], None]) -> Callable[[], None]:
