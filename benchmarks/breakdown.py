@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 import cpimerge
-from cpimerge import examination, fusion, passes, plan_files, planning, stream, writer
+from cpimerge import examination, fusion, passes, plan_files, planning, shelf, stream, writer
 from cpimerge.kernels import bitsets, scanning
 
 PLAN_PARTS: list[tuple[Any, str, str]] = [
@@ -26,6 +26,9 @@ PLAN_PARTS: list[tuple[Any, str, str]] = [
     (passes, "_digests", "hashing"),
     (scanning, "scan", "one look: decode, count, Σ|Δ|, bits, Gram matrices"),
     (passes, "_detached", "keeping what is open"),
+    (shelf.Shelf, "put", "keeping what is open, in a file"),
+    (shelf.Shelf, "get", "reading it back"),
+    (shelf.Shelf, "get_one", "reading it back"),
     (passes, "around", "brackets from the sample"),
     (scanning, "magnitudes", "|Δ| of the sample"),
     (examination, "pick", "thresholds"),

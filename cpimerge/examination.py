@@ -21,7 +21,7 @@ import numpy as np
 
 from .cores import NOTHING, Threshold, budget
 from .kernels import scanning
-from .kernels.arrays import Bits
+from .kernels.arrays import Bits, Floats
 from .kernels.scanning import Found
 from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import TensorSpec
@@ -157,14 +157,14 @@ class Examination:
 
     def _gather(self, bracket: Bracket, tasks: Sequence[int], scanned: Scanned) -> list[Bits]:
         """The magnitudes in the bracket, of each of `tasks`."""
-        values = self._kept(scanned).values
+        values = self._values(scanned)
         out = np.empty((len(bracket.low), len(values) + 1), np.uint32)
         counts = scanning.gather(values, bracket.low, bracket.high, out)
         return [out[task, : counts[task]].copy() for task in tasks]
 
     def _count_kept(self, scanned: list[Scanned], bracket: Bracket, shifts: Counts, bins: int) -> Counts:
         def count(one: Scanned) -> Counts:
-            return self.passes.count_bins(self._kept(one), bracket, shifts, bins)
+            return self.passes.count_bins(self._values(one), bracket, shifts, bins)
 
         counts: Counts = reduce(add, self.run(count, scanned))
         return counts
@@ -192,12 +192,21 @@ class Examination:
 
     def _count_equal(self, bits: Bits, scanned: Scanned) -> Counts:
         counts = np.zeros(len(bits), np.int64)
-        scanning.count_equal(self._kept(scanned).values, bits, counts)
+        scanning.count_equal(self._values(scanned), bits, counts)
         return counts
 
     def _resolve(self, work: tuple[Scanned, Limits], bracket: Bracket) -> Settled:
         scanned, limits = work
         return self.passes.resolve(scanned.spec, scanned.chunk, self._kept(scanned), limits, bracket)
+
+    def _values(self, scanned: Scanned) -> Floats:
+        """What every checkpoint has where an element is open: float32 [U, C]."""
+        kept = scanned.kept
+        if isinstance(kept, Shelved):
+            assert self.shelf is not None
+            return self.shelf.get_one(kept, Found._fields.index("values"))
+        assert kept is not None
+        return kept.values
 
     def _kept(self, scanned: Scanned) -> Found:
         kept = scanned.kept

@@ -16,7 +16,7 @@ import xxhash
 
 from .cores import Threshold
 from .kernels import bitsets, scanning
-from .kernels.arrays import WORD, Bits
+from .kernels.arrays import WORD, Bits, Floats
 from .kernels.floats import first_nonfinite
 from .kernels.scanning import Found, Look
 from .preflight import TensorSpec
@@ -197,10 +197,10 @@ class Passes:
                 overflows[checkpoint] = chunk.start + place
         return faults, overflows
 
-    def count_bins(self, found: Found, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
-        """[T, bins]: see `selection.narrow`."""
+    def count_bins(self, values: Floats, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
+        """[T, bins]: see `selection.narrow`; `values` [U, C] as in `Found`."""
         counts = np.zeros((self.tasks, bins + 1), np.int64)
-        scanning.count_bins(found.values, bracket.low, bracket.high, shifts, counts)
+        scanning.count_bins(values, bracket.low, bracket.high, shifts, counts)
         return counts[:, :bins]
 
     def count_block(self, block: Block, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
@@ -208,7 +208,7 @@ class Passes:
         counts = np.zeros((self.tasks, bins), np.int64)
         for chunk in block.chunks:
             self.workers.read(block.spec.sources, chunk)
-            counts += self.count_bins(self._look(block.spec, chunk, bracket)[0], bracket, shifts, bins)
+            counts += self.count_bins(self._look(block.spec, chunk, bracket)[0].values, bracket, shifts, bins)
         return counts
 
     def settle(self, work: tuple[Block, Sequence[Limits]], bracket: Bracket) -> list[Settled]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -34,12 +35,12 @@ class Shelved:
 
     @property
     def end(self) -> int:
-        return self.offset + sum(size + -size % ALIGNED for size in self.sizes)
+        return self.offset + sum(map(_room, self.sizes))
 
     @property
     def sizes(self) -> list[int]:
         """Bytes of each array."""
-        return [int(np.prod(shape)) * dtype.itemsize for dtype, shape in self.kinds]
+        return [math.prod(shape) * dtype.itemsize for dtype, shape in self.kinds]
 
 
 class Shelf:
@@ -67,18 +68,23 @@ class Shelf:
 
     def get(self, shelved: Shelved) -> list[npt.NDArray[Any]]:
         """Copies, which may be written to. Raises OSError where the file was cut short."""
-        data = self._read(shelved)
+        data = self._read(shelved.offset, shelved.end - shelved.offset)
         arrays, place = [], 0
         for size, (dtype, shape) in zip(shelved.sizes, shelved.kinds, strict=True):
             arrays.append(data[place : place + size].view(dtype).reshape(shape))
-            place += size + -size % ALIGNED
+            place += _room(size)
         return arrays
+
+    def get_one(self, shelved: Shelved, which: int) -> npt.NDArray[Any]:
+        """As `get`, but one of the arrays, without a look at the others."""
+        sizes, (dtype, shape) = shelved.sizes, shelved.kinds[which]
+        return self._read(shelved.offset + sum(map(_room, sizes[:which])), sizes[which]).view(dtype).reshape(shape)
 
     def holds(self, shelved: Shelved) -> bool:
         """Whether it is still there, as an earlier run may have put it."""
         if shelved.end > os.fstat(self._handle).st_size:
             return False
-        return xxhash.xxh3_64_intdigest(self._read(shelved)) == shelved.xxh3
+        return xxhash.xxh3_64_intdigest(self._read(shelved.offset, shelved.end - shelved.offset)) == shelved.xxh3
 
     def go_on(self, end: int) -> None:
         """Put what comes behind the first `end` bytes, which are an earlier run's."""
@@ -98,12 +104,17 @@ class Shelf:
         if handle >= 0:
             os.close(handle)
 
-    def _read(self, shelved: Shelved) -> npt.NDArray[np.uint8]:
-        data = np.empty(shelved.end - shelved.offset, np.uint8)
+    def _read(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        data = np.empty(nbytes, np.uint8)
         done = 0
         while done < data.size:
-            count = os.preadv(self._handle, [memoryview(data)[done:]], shelved.offset + done)
+            count = os.preadv(self._handle, [memoryview(data)[done:]], offset + done)
             if not count:
                 raise OSError(errno.EIO, "what was put away is gone")
             done += count
         return data
+
+
+def _room(size: int) -> int:
+    """Bytes that an array of `size` bytes takes, so that the next one is aligned."""
+    return size + -size % ALIGNED

@@ -41,6 +41,8 @@ def test_arrays_come_back_in_any_order(groups: list[list[np.ndarray]]) -> None:
         for place in reversed(range(len(groups))):
             assert same(shelf.get(shelved[place]), groups[place])
             assert same(shelf.get(shelved[place]), groups[place])  # they stay there
+            one_by_one = [shelf.get_one(shelved[place], which) for which in range(len(groups[place]))]
+            assert same(one_by_one, groups[place])
         shelf.close()
 
 
@@ -60,7 +62,8 @@ def test_arrays_need_not_be_contiguous(shelf: Shelf) -> None:
 
 
 def test_they_come_back_aligned(shelf: Shelf) -> None:
-    for found in shelf.get(shelf.put([np.ones(3, np.uint8), np.ones(5), np.ones(1, np.uint16), np.ones(2)])):
+    shelved = shelf.put([np.ones(3, np.uint8), np.ones(5), np.ones(1, np.uint16), np.ones(2)])
+    for found in (*shelf.get(shelved), *(shelf.get_one(shelved, which) for which in range(4))):
         assert found.flags.aligned
 
 
