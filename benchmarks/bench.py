@@ -4,7 +4,8 @@
     python benchmarks/bench.py --sections scopes,small
     python benchmarks/bench.py --sections all --directory /data/bench
 
-Every command is a process of its own. Prints medians of the rounds, and ratios, each the median of those of the rounds.
+Every command is a process of its own. Prints medians of the rounds, and ratios: the median of those of the rounds, and
+the least and the largest.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SECTIONS = {
     "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint"),
     "small": Section(sections.small, 3, 3, "the same bytes in 300 and in 20,100 tensors"),
     "cold": Section(sections.cold, 3, 3, "plan and fuse of files that are not in the page cache (Linux)"),
-    "large": Section(sections.large, 1, 15, "the same of three checkpoints of 8 GB; 40 GB of disk (Linux)"),
+    "large": Section(sections.large, 1, 15, "the same of three checkpoints of 8 GB; 35 GB of disk (Linux)"),
     "memory": Section(sections.memory, 1, 3, "what plan and fuse of one tensor of 1 GiB allocate (Linux)"),
 }
 

@@ -29,13 +29,14 @@ def nothing() -> None:
 class Contender:
     """A command with its seconds in every round and its peak resident memory in bytes.
 
-    `startup` is the same command with no work to do; `before` prepares a run and is not timed.
+    `startup` is the same command with no work to do; `before` prepares a run, `after` clears up, and neither is timed.
     """
 
     name: str
     command: Sequence[str]
     before: Callable[[], None] = nothing
     startup: Contender | None = None
+    after: Callable[[], None] = nothing
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
 
@@ -50,6 +51,7 @@ class Contender:
         self.peak = max(self.peak, usage.ru_maxrss * 1024)
         if status:
             raise SystemExit(f"{self.name} failed:\n{errors.decode(errors='replace')}")
+        self.after()
 
     def forget(self) -> None:
         """Start measuring anew."""

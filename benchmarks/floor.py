@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from contenders import Contender, Merge, merge, nothing, remove, size_of
@@ -56,11 +57,12 @@ def reading(paths: Sequence[Path], before: Callable[[], None] = nothing) -> Cont
 
 def copying(work: Path, path: Path, before: Callable[[], None] = nothing) -> Contender:
     """What `fuse` must do beside reading: write a model, and wait until it is on the disk."""
-    (file,) = weights([path])
     copy = work / "copy"
+    each = 'for file in "$@"; do dd if="$file" of="$0/${file##*/}" bs=4M conv=fsync || exit; done'
 
     def prepare() -> None:
-        remove(copy)
+        copy.mkdir()
         before()
 
-    return Contender("flushed copy of one", ["dd", f"if={file}", f"of={copy}", "bs=4M", "conv=fsync"], prepare)
+    command = ["sh", "-c", each, str(copy), *map(str, weights([path]))]
+    return Contender("flushed copy of one", command, prepare, after=partial(remove, copy))

@@ -88,9 +88,11 @@ def _run(bench: Bench, startup: Merge, merges: Mapping[str, Merge]) -> None:
 
 def _beside_first(cases: Mapping[str, tuple[list[float], list[float]]], name: str) -> list[str]:
     """Cells: the seconds of `plan` and their ratio to those of the first case, and the same for `fuse`."""
-    first = next(iter(cases.values()))
+    first = next(iter(cases))
     return [
-        cell for ours, theirs in zip(cases[name], first, strict=True) for cell in (seconds(ours), times(ours, theirs))
+        cell
+        for ours, theirs in zip(cases[name], cases[first], strict=True)
+        for cell in (seconds(ours), times(ours, theirs) if name != first else "")
     ]
 
 

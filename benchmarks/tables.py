@@ -16,8 +16,10 @@ def seconds(rounds: Sequence[float]) -> str:
 
 
 def times(ours: Sequence[float], *theirs: Sequence[float]) -> str:
-    """Our seconds over theirs together: the median of what each round says, as a slow minute slows both."""
-    return f"{statistics.median(our / sum(their) for our, *their in zip(ours, *theirs, strict=True)):.2f} ×"
+    """Our seconds over theirs together, in every round, as a slow minute slows both: the median, and least to most."""
+    ratios = [our / sum(their) for our, *their in zip(ours, *theirs, strict=True)]
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f} ×{spread}"
 
 
 def megabytes(nbytes: float) -> str:
