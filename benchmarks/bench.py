@@ -1,6 +1,6 @@
 """Times cpimerge beside reading the files, copying one, and mergekit, all in turn on the same inputs.
 
-    python benchmarks/bench.py                            # the table of the README
+    python benchmarks/bench.py -n 5                       # the table of the README
     python benchmarks/bench.py --sections scopes,small
     python benchmarks/bench.py --sections all --directory /data/bench
 

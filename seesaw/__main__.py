@@ -18,12 +18,10 @@ from .forgetting import forgetting
 from .rates import rates
 from .tables import write_pages
 from .tasks import main_tasks, related_tasks
-from .training import Learner, Schedule
+from .training import CAUSAL, ENCODER, Learner
 
 PARTS = ("encoder", "causal", "constants", "rates", "relations", "prospects", "tables")
 SEEDS = (0, 1, 2)
-ENCODER = Schedule(steps=80, batch=16, rate=1e-4)
-CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
 CAUSAL_TASKS = ("news", "movies", "scripture", "languages", "docstrings")
 
 

@@ -31,7 +31,7 @@ from .tasks import Task
 
 RANK = 1  # that updates are cut to: to 384 rows what a LoRA's is to those of a large model
 GAINS, CAPS, LIMITS = (5.0, 12.0), (5.0, 8.0), (0.03, 0.05)
-CAPS_OF_LOW_RANK, BEFORE = (1.0, 1.5, 2.0, 3.0), 1.5  # what it was until that range was tried, after the others
+CAPS_OF_LOW_RANK = (1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,8 @@ class Constants:
     cap_of_low_rank: float = levelling.CAP_OF_LOW_RANK
 
 
-USUAL = [Constants(*these, BEFORE) for these in product(GAINS, CAPS, LIMITS)]
+USUAL = [Constants(*these) for these in product(GAINS, CAPS, LIMITS)]
 LOW_RANK = [Constants(cap_of_low_rank=cap) for cap in CAPS_OF_LOW_RANK]
-
-
-def ours(tried: Sequence[Constants]) -> Constants:
-    """Those of `tried` that cpimerge has."""
-    return Constants(cap_of_low_rank=BEFORE) if tried is USUAL else Constants()
 
 
 def constants(encoders: Sequence[Bench], causals: Sequence[Bench]) -> Iterator[Mapping[str, Any]]:

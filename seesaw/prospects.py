@@ -1,7 +1,7 @@
 """When fusing does not pay: recipes drawn at random from experts alike and unlike, and what `plan` knew of each.
 
 Beside the experts of the main comparison stand some that a careless person might take for one: trained at a far higher
-rate, far longer, hardly at all, from another model than the base, or on labels in disorder.
+rate, hardly at all, from another model than the base, or on labels in disorder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cpimerge.prospects import UNEQUAL, UNEQUAL_KEPT, size, unequal
 from .bench import Bench, Scores
 from .merging import AVERAGE, DEFAULTS, recipe, written
 from .tasks import Row, Task
-from .training import Schedule, accuracy
+from .training import ENCODER, Schedule, accuracy
 
 DRAWS = 12  # recipes of a seed
 ROWS = 100  # of a task to score on, of its validation rows
@@ -41,23 +41,22 @@ class Odd:
     shuffled: bool = False  # whether its labels are in disorder
 
 
-USUAL = Schedule(steps=80, batch=16, rate=1e-4)
 ODD: Mapping[int, Sequence[Odd]] = {  # by seed
     0: (
-        Odd("odd-news-rate-10", "news", replace(USUAL, rate=1e-3)),
-        Odd("odd-tweets-brief", "tweets", replace(USUAL, steps=5)),
-        Odd("odd-languages-from-docstrings", "languages", USUAL, start="docstrings"),
+        Odd("odd-news-rate-10", "news", replace(ENCODER, rate=1e-3)),
+        Odd("odd-tweets-brief", "tweets", replace(ENCODER, steps=5)),
+        Odd("odd-languages-from-docstrings", "languages", ENCODER, start="docstrings"),
     ),
     1: (
-        Odd("odd-docstrings-brief", "docstrings", replace(USUAL, steps=5)),
-        Odd("odd-languages-rate-5", "languages", replace(USUAL, rate=5e-4)),
-        Odd("odd-scripture-shuffled", "scripture", USUAL, shuffled=True),
-        Odd("odd-movies-rate-10", "movies", replace(USUAL, rate=1e-3)),
+        Odd("odd-docstrings-brief", "docstrings", replace(ENCODER, steps=5)),
+        Odd("odd-languages-rate-5", "languages", replace(ENCODER, rate=5e-4)),
+        Odd("odd-scripture-shuffled", "scripture", ENCODER, shuffled=True),
+        Odd("odd-movies-rate-10", "movies", replace(ENCODER, rate=1e-3)),
     ),
     2: (
-        Odd("odd-news-brief", "news", replace(USUAL, steps=5)),
-        Odd("odd-scripture-rate-5", "scripture", replace(USUAL, rate=5e-4)),
-        Odd("odd-tweets-from-languages", "tweets", USUAL, start="languages"),
+        Odd("odd-news-brief", "news", replace(ENCODER, steps=5)),
+        Odd("odd-scripture-rate-5", "scripture", replace(ENCODER, rate=5e-4)),
+        Odd("odd-tweets-from-languages", "tweets", ENCODER, start="languages"),
     ),
 }
 

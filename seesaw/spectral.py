@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from .merging import Parameters
 
-REST = 0.4  # the factor of task arithmetic on all that is no matrix of a layer
+REST = 0.4  # the factor of task arithmetic on what is not decomposed: vectors, and matrices of other sides
 SMALLEST, LARGEST = 32, 10_000  # of a matrix's sides; vocabularies are larger
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .constants import LOW_RANK, USUAL, Constants, ours
+from .constants import LOW_RANK, USUAL, Constants
 from .merging import DEFAULTS
 from .methods import UNSLERPED
 from .prospects import Trial, prospect_tables
@@ -131,7 +131,7 @@ def constants_rows(rows: Sequence[Mapping[str, Any]], tried: Sequence[Constants]
         found = [tuple(mean(kept[kind, these][which]) for which in ("means", "worst")) for kind in kinds]
         found.append(tuple(map(mean, zip(*found, strict=True))))
         shown = (f"{100 * middle:.1f} / {100 * worst:.1f}" for middle, worst in found)
-        mark = " (cpimerge's)" if these == ours(tried) else ""
+        mark = " (cpimerge's)" if these == Constants() else ""
         yield "| " + " | ".join((*(f"{getattr(these, name):g}" for name in names), *shown)) + f"{mark} |"
 
 

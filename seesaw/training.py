@@ -44,6 +44,10 @@ class Schedule:
     again: bool = False
 
 
+ENCODER = Schedule(steps=80, batch=16, rate=1e-4)  # a unit of steps of each model
+CAUSAL = Schedule(steps=32, batch=8, rate=3e-4)
+
+
 @dataclass(frozen=True, slots=True)
 class Freeze:
     """The cores that stay as they are: those of the stages of a plan before `stage`."""
