@@ -117,13 +117,19 @@ def _cold(bench: Bench, paths: Sequence[Path]) -> str:
         plan.name: f"{times(plan.work, read.work)} {read.name}",
         fuse.name: f"{times(fuse.work, read.work)} {read.name}, {times(fuse.work, read.work, copy.work)} both",
     }
-    gb = {one: total(paths) / 1e9 for one in (read.name, plan.name, fuse.name)} | {copy.name: total(paths[:1]) / 1e9}
+    every, one = total(paths) / 1e9, total(paths[:1]) / 1e9  # GB
     rows = [
-        [one.name, seconds(one.work), seconds([each / gb[one.name] for each in one.work]), megabytes(one.peak)]
-        for one in (read, copy, plan, fuse)
+        [
+            contender.name,
+            seconds(contender.work),
+            seconds([each / gb for each in contender.work]),
+            megabytes(contender.peak),
+            against.get(contender.name, ""),
+        ]
+        for contender, gb in ((read, every), (copy, one), (plan, every), (fuse, every))
     ]
     head = ["inputs not in the page cache", "seconds without start-up", "for each GB read", "peak memory", "against"]
-    return table(head, [[*row, against.get(row[0], "")] for row in rows])
+    return table(head, rows)
 
 
 def _dropping(files: Sequence[Path], before: Callable[[], None]) -> Callable[[], None]:

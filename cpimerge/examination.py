@@ -47,6 +47,7 @@ __all__ = [
 SMALL = 16 * CHUNK
 SMALL_ROWS = 1 << 14
 GATHERED = 1 << 18  # magnitudes of a task that are looked at together
+VALUES = Found._fields.index("values")
 
 Pool = list[TensorSpec]
 Result = Scanned | Settled
@@ -201,12 +202,9 @@ class Examination:
 
     def _values(self, scanned: Scanned) -> Floats:
         """What every checkpoint has where an element is open: float32 [U, C]."""
-        kept = scanned.kept
-        if isinstance(kept, Shelved):
-            assert self.shelf is not None
-            return self.shelf.get_one(kept, Found._fields.index("values"))
-        assert kept is not None
-        return kept.values
+        if isinstance(scanned.kept, Shelved) and self.shelf is not None:
+            return self.shelf.get_one(scanned.kept, VALUES)
+        return self._kept(scanned).values
 
     def _kept(self, scanned: Scanned) -> Found:
         kept = scanned.kept

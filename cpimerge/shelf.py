@@ -34,8 +34,13 @@ class Shelved:
     xxh3: int
 
     @property
+    def nbytes(self) -> int:
+        """Of all arrays, with what aligns them."""
+        return sum(map(_room, self.sizes))
+
+    @property
     def end(self) -> int:
-        return self.offset + sum(map(_room, self.sizes))
+        return self.offset + self.nbytes
 
     @property
     def sizes(self) -> list[int]:
@@ -68,7 +73,7 @@ class Shelf:
 
     def get(self, shelved: Shelved) -> list[npt.NDArray[Any]]:
         """Copies, which may be written to. Raises OSError where the file was cut short."""
-        data = self._read(shelved.offset, shelved.end - shelved.offset)
+        data = self._read(shelved.offset, shelved.nbytes)
         arrays, place = [], 0
         for size, (dtype, shape) in zip(shelved.sizes, shelved.kinds, strict=True):
             arrays.append(data[place : place + size].view(dtype).reshape(shape))
@@ -84,7 +89,7 @@ class Shelf:
         """Whether it is still there, as an earlier run may have put it."""
         if shelved.end > os.fstat(self._handle).st_size:
             return False
-        return xxhash.xxh3_64_intdigest(self._read(shelved.offset, shelved.end - shelved.offset)) == shelved.xxh3
+        return xxhash.xxh3_64_intdigest(self._read(shelved.offset, shelved.nbytes)) == shelved.xxh3
 
     def go_on(self, end: int) -> None:
         """Put what comes behind the first `end` bytes, which are an earlier run's."""
