@@ -10,12 +10,11 @@ is the pool read again: to find the thresholds by counting, and to settle what c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import accumulate, chain, islice
-from operator import add
-from typing import Any
+from operator import iadd
 
 import numpy as np
 
@@ -25,9 +24,9 @@ from .kernels.arrays import Bits, Floats
 from .kernels.scanning import Found
 from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import TensorSpec
-from .selection import Bracket, everything, narrow, pick
+from .selection import Bracket, Run, around, everything, narrow, pick
 from .shelf import Shelf, Shelved
-from .stream import BLOCK_CHUNKS, CHUNK, chunks, row_count
+from .stream import BLOCK_CHUNKS, CHUNK, Item, chunks, row_count
 
 __all__ = [
     "SMALL",
@@ -43,15 +42,15 @@ __all__ = [
     "pool_rows",
 ]
 
-# A pool of so many elements, and of so many rows whose Gram matrices are kept, is examined by one worker in memory.
-SMALL = 16 * CHUNK
+# A pool of which all checkpoints together hold so many elements, and of so many rows whose Gram matrices are kept, is
+# examined by one worker in memory: nothing of it goes through a file, and no worker waits for the others.
+SMALL = 144 * CHUNK
 SMALL_ROWS = 1 << 14
 GATHERED = 1 << 18  # magnitudes of a task that are looked at together
 VALUES = Found._fields.index("values")
 
 Pool = list[TensorSpec]
 Result = Scanned | Settled
-Run = Callable[..., Iterator[Any]]  # `map`: here, or on all workers
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Examination:
 
     def sample(self) -> Bracket:
         """The bracket of a pool of floating-point tensors."""
-        bracket: Bracket
-        (bracket,) = self.run(partial(self.passes.sample, self.blocks), [self.sizes])
-        return bracket
+        parts = list(self.run(self.passes.sample, self.passes.samples(self.blocks, self.sizes)))
+        found = np.concatenate([np.empty((len(self.sizes), 0), np.uint32), *parts], axis=1)
+        return around(found, self.sizes, elements_of(self.pool), self.run)
 
     def results(self, begun: Begun | None) -> Iterator[Result]:
         """As `examine`, but without the chunks that are scanned in `begun`; None for tensors that are not float."""
@@ -130,12 +129,13 @@ class Examination:
             above, between, crowded = _totals(scanned, len(wanted))
         thresholds = self._thresholds(bracket, scanned, wanted - above, between)
         limits = self._limits(thresholds, scanned, crowded)
-        if not crowded:
-            yield from self.run(partial(self._resolve, bracket=bracket), zip(scanned, limits, strict=True))
-            return
-        by_block = ((block, list(islice(limits, len(block.chunks)))) for block in self.blocks)
-        for settled in self.run(partial(self.passes.settle, bracket=bracket), by_block):
-            yield from settled
+        if crowded:
+            by_block = ((block, list(islice(limits, len(block.chunks)))) for block in self.blocks)
+            settled = self.run(partial(self.passes.settle, bracket=bracket), by_block)
+        else:
+            settled = self.run(partial(self._resolve, bracket=bracket), _some(zip(scanned, limits, strict=True)))
+        for some in settled:
+            yield from some
 
     def _thresholds(
         self, bracket: Bracket, scanned: list[Scanned], missing: Counts, between: Counts
@@ -151,28 +151,37 @@ class Examination:
             for threshold, low, high, ties in zip(known, narrower.low, narrower.high, wanted, strict=True)
         ]
         asked = [task for task, threshold in enumerate(known) if threshold is None]
-        parts = list(self.run(partial(self._gather, narrower, asked), scanned)) if asked else []
-        for task, some in zip(asked, zip(*parts, strict=True), strict=True):
-            known[task] = pick(np.concatenate(some), int(wanted[task]))
+        parts = list(self.run(partial(self._gather, narrower, asked), _some(scanned))) if asked else []
+
+        def exact(number: int) -> Threshold:
+            return pick(np.concatenate([part[number] for part in parts]), int(wanted[asked[number]]))
+
+        for task, threshold in zip(asked, self.run(exact, range(len(asked))), strict=True):
+            known[task] = threshold
         return [threshold or NOTHING for threshold in known]
 
-    def _gather(self, bracket: Bracket, tasks: Sequence[int], scanned: Scanned) -> list[Bits]:
+    def _gather(self, bracket: Bracket, tasks: Sequence[int], some: Sequence[Scanned]) -> list[Bits]:
         """The magnitudes in the bracket, of each of `tasks`."""
-        values = self._values(scanned)
-        out = np.empty((len(bracket.low), len(values) + 1), np.uint32)
-        counts = scanning.gather(values, bracket.low, bracket.high, out)
-        return [out[task, : counts[task]].copy() for task in tasks]
+        parts: list[list[Bits]] = [[] for _ in tasks]
+        for one in some:
+            values = self._values(one)
+            out = np.empty((len(bracket.low), len(values) + 1), np.uint32)
+            counts = scanning.gather(values, bracket.low, bracket.high, out)
+            for part, task in zip(parts, tasks, strict=True):
+                part.append(out[task, : counts[task]].copy())
+        return [np.concatenate(part) for part in parts]
 
     def _count_kept(self, scanned: list[Scanned], bracket: Bracket, shifts: Counts, bins: int) -> Counts:
-        def count(one: Scanned) -> Counts:
-            return self.passes.count_bins(self._values(one), bracket, shifts, bins)
+        def count(some: Sequence[Scanned]) -> Counts:
+            values = (self._values(one) for one in some)
+            return reduce(iadd, (self.passes.count_bins(each, bracket, shifts, bins) for each in values))
 
-        counts: Counts = reduce(add, self.run(count, scanned))
+        counts: Counts = reduce(iadd, self.run(count, _some(scanned)))
         return counts
 
     def _count_again(self, bracket: Bracket, shifts: Counts, bins: int) -> Counts:
         count = partial(self.passes.count_block, bracket=bracket, shifts=shifts, bins=bins)
-        counts: Counts = reduce(add, self.run(count, self.blocks))
+        counts: Counts = reduce(iadd, self.run(count, self.blocks))
         return counts
 
     def _limits(self, thresholds: list[Threshold], scanned: list[Scanned], crowded: bool) -> Iterator[Limits]:
@@ -183,22 +192,27 @@ class Examination:
         bits = np.array([threshold.bits for threshold in thresholds], np.uint32)
         left = np.array([threshold.ties for threshold in thresholds])
         # Where not all open elements were kept, all of them are ties.
-        equal = (
-            (one.counts[:, 4] for one in scanned) if crowded else self.run(partial(self._count_equal, bits), scanned)
-        )
+        if crowded:
+            equal: Iterator[Counts] = (one.counts[:, 4] for one in scanned)
+        else:
+            equal = chain.from_iterable(self.run(partial(self._count_equal, bits), _some(scanned)))
         for counts in equal:
             taken = np.minimum(counts, left)
             left -= taken
             yield [replace(limit, ties=int(ties)) for limit, ties in zip(thresholds, taken, strict=True)]
 
-    def _count_equal(self, bits: Bits, scanned: Scanned) -> Counts:
-        counts = np.zeros(len(bits), np.int64)
-        scanning.count_equal(self._values(scanned), bits, counts)
+    def _count_equal(self, bits: Bits, some: Sequence[Scanned]) -> Counts:
+        """Of each chunk the open elements whose magnitude is that of `bits` [T]: int64 [chunks, T]."""
+        counts = np.zeros((len(some), len(bits)), np.int64)
+        for one, row in zip(some, counts, strict=True):
+            scanning.count_equal(self._values(one), bits, row)
         return counts
 
-    def _resolve(self, work: tuple[Scanned, Limits], bracket: Bracket) -> Settled:
-        scanned, limits = work
-        return self.passes.resolve(scanned.spec, scanned.chunk, self._kept(scanned), limits, bracket)
+    def _resolve(self, some: Sequence[tuple[Scanned, Limits]], bracket: Bracket) -> list[Settled]:
+        return [
+            self.passes.resolve(scanned.spec, scanned.chunk, self._kept(scanned), limits, bracket)
+            for scanned, limits in some
+        ]
 
     def _values(self, scanned: Scanned) -> Floats:
         """What every checkpoint has where an element is open: float32 [U, C]."""
@@ -213,6 +227,13 @@ class Examination:
             return Found(*self.shelf.get(kept))
         assert kept is not None
         return kept
+
+
+def _some(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """What a worker takes at a time."""
+    left = iter(items)
+    while some := list(islice(left, BLOCK_CHUNKS)):
+        yield some
 
 
 def _put(shelf: Shelf, kept: Found | Shelved | None) -> Shelved:
@@ -247,7 +268,8 @@ def _whole_blocks(blocks: Sequence[Block], count: int) -> int:
 
 def is_small(pool: Pool, granularity: str) -> bool:
     """Whether one worker examines it, in memory."""
-    return elements_of(pool) <= SMALL and pool_rows(pool, granularity) <= SMALL_ROWS
+    stored = elements_of(pool) * len(pool[0].sources)
+    return stored <= SMALL and pool_rows(pool, granularity) <= SMALL_ROWS
 
 
 def pool_rows(pool: Pool, granularity: str) -> int:

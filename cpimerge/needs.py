@@ -169,9 +169,10 @@ def _plan_worker_bytes(inputs: Inputs) -> int:
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
     buffers = CHUNK * (checkpoints * (item + 4) + 16) + checkpoints * (2 * CHUNK // 8 + 4 * MOST)
-    settled = 2 * SMALL * tasks // 8 + _gram_bytes(inputs)
-    pool = int(SMALL * CROWDED) * 4 * (1 + checkpoints) + settled
-    return buffers + pool + PENDING * (settled + tasks * HISTOGRAM_BYTES)
+    elements, grams = SMALL // checkpoints, _gram_bytes(inputs)
+    cores = elements * tasks // 8
+    pool = int(elements * CROWDED) * 4 * (1 + checkpoints) + 2 * cores + grams
+    return buffers + pool + PENDING * (cores + grams + tasks * HISTOGRAM_BYTES)
 
 
 def _fuse_worker_bytes(sources: int, tasks: int) -> int:

@@ -20,11 +20,11 @@ from .kernels.arrays import WORD, Bits, Floats
 from .kernels.floats import first_nonfinite
 from .kernels.scanning import Found, Look
 from .preflight import TensorSpec
-from .selection import RUN, Bracket, around, sample_size
+from .selection import RUN, Bracket, sample_size
 from .shelf import Shelved
 from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode, kinds_of
 
-__all__ = ["Block", "Passes", "Scanned", "Settled", "nothing_found"]
+__all__ = ["Block", "Passes", "Sample", "Scanned", "Settled", "nothing_found"]
 
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
 # `Look`'s `least` and `half` by the base's dtype, which has so many bits of a fraction.
@@ -34,6 +34,7 @@ PRECISION = {
 }
 FEW = 1 << 12  # open elements that are kept in any case
 CROWDED = 1 / 8  # the share of open elements from which a chunk is rather read again
+SAMPLE_PARTS = 8  # a worker takes a sample by so small a share of what its buffers hold
 GOLDEN = 0.6180339887498949  # its multiples spread over [0, 1) and fall in with no row length
 
 Counts = npt.NDArray[np.int64]
@@ -46,6 +47,16 @@ class Block:
 
     spec: TensorSpec
     chunks: Sequence[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A part of a sample: runs of elements that start at `starts` of a tensor, or of `chunk`, which is read whole."""
+
+    spec: TensorSpec
+    starts: Sequence[int]
+    run: int
+    chunk: Chunk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,42 +98,31 @@ class Passes:
     member: int
     delta: bool  # blend the differences from the base, not the weights
 
-    def sample(self, blocks: Sequence[Block], sizes: Sequence[int]) -> Bracket:
-        """Where the `sizes` [T]-th largest magnitudes of a pool lie."""
+    def samples(self, blocks: Sequence[Block], sizes: Sequence[int]) -> Iterator[Sample]:
+        """Where to look for the `sizes` [T]-th largest magnitudes of a pool."""
         specs = list({block.spec.name: block.spec for block in blocks}.values())
         elements = sum(spec.elements for spec in specs)
         wanted = sample_size(elements, self.tasks) if any(sizes) else 0
-        parts = [np.empty((self.tasks, 0), np.uint32)]
         if wanted == elements:
-            parts += [self._whole(block.spec, chunk) for block in blocks for chunk in block.chunks]
+            for block in blocks:
+                for chunk in block.chunks:
+                    whole = chunk.size // RUN * RUN
+                    yield Sample(block.spec, range(0, whole, RUN), RUN, chunk)
+                    yield Sample(block.spec, range(whole, chunk.size, RUN), chunk.size - whole, chunk)
         elif wanted and len(blocks) == len(blocks[0].chunks) == 1:  # its only chunk is read in a moment anyhow
-            self.workers.read(specs[0].sources, blocks[0].chunks[0])
-            parts.append(self._magnitudes(specs[0], _spread(elements, wanted // RUN), RUN))
+            yield Sample(specs[0], _spread(elements, wanted // RUN), RUN, blocks[0].chunks[0])
         elif wanted:
-            parts += self._runs(specs, _spread(elements, wanted // RUN))
-        return around(np.concatenate(parts, axis=1), sizes, elements)
+            yield from _runs(specs, _spread(elements, wanted // RUN))
 
-    def _whole(self, spec: TensorSpec, chunk: Chunk) -> Bits:
-        self.workers.read(spec.sources, chunk)
-        whole = chunk.size // RUN * RUN
-        parts = [self._magnitudes(spec, list(range(0, whole, RUN)), RUN)]
-        if whole < chunk.size:
-            parts.append(self._magnitudes(spec, [whole], chunk.size - whole))
-        return np.concatenate(parts, axis=1)
-
-    def _runs(self, specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[Bits]:
-        """Runs that start at these elements of the pool, its tensors laid end to end; moved to lie in one tensor."""
-        most = CHUNK // RUN  # that the buffers hold
-        begin = 0
-        for spec in specs:
-            end = begin + spec.elements
-            inside = [start - begin for start in starts[bisect_left(starts, begin) : bisect_left(starts, end)]]
-            begin = end
-            last = spec.elements - RUN
-            for first in range(0, len(inside) if last >= 0 else 0, most):
-                some = [min(start, last) for start in inside[first : first + most]]
-                self.workers.read_runs(spec.sources, some, RUN)
-                yield self._magnitudes(spec, [number * RUN for number in range(len(some))], RUN)
+    def sample(self, part: Sample) -> Bits:
+        """The magnitudes there, of every task: uint32 [T, runs · run]."""
+        starts = part.starts
+        if part.chunk is None:
+            self.workers.read_runs(part.spec.sources, starts, part.run)
+            starts = range(0, len(starts) * part.run, part.run)  # one after the other
+        else:
+            self.workers.read(part.spec.sources, part.chunk)
+        return self._magnitudes(part.spec, starts, part.run)
 
     def _magnitudes(self, spec: TensorSpec, starts: Sequence[int], run: int) -> Bits:
         """Of every task, in runs of the buffer: uint32 [T, runs · run]."""
@@ -269,6 +269,18 @@ def _spread(elements: int, runs: int) -> list[int]:
     """Where so many runs start among `elements`: one in each equal part, anywhere in it."""
     part = elements / runs
     return [int(number * part + (number * GOLDEN % 1.0) * (part - RUN)) for number in range(runs)]
+
+
+def _runs(specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[Sample]:
+    """Runs that start at these elements of a pool, its tensors laid end to end; moved to lie in one tensor."""
+    begin, most = 0, max(1, CHUNK // SAMPLE_PARTS // RUN)
+    for spec in specs:
+        end = begin + spec.elements
+        inside = [start - begin for start in starts[bisect_left(starts, begin) : bisect_left(starts, end)]]
+        begin = end
+        last = spec.elements - RUN
+        for first in range(0, len(inside) if last >= 0 else 0, most):
+            yield Sample(spec, [min(start, last) for start in inside[first : first + most]], RUN)
 
 
 def _differences(spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> dict[int, int]:

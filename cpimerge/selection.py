@@ -11,8 +11,9 @@ Magnitudes are bit patterns (uint32) of float32. T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,9 @@ from .errors import CheckpointError
 from .kernels.arrays import Bits, Counts
 from .kernels.scanning import kth_bin
 
-__all__ = ["Bracket", "around", "everything", "narrow", "pick", "sample_size"]
+__all__ = ["Bracket", "Run", "around", "everything", "narrow", "pick", "sample_size"]
+
+Run = Callable[..., Iterator[Any]]  # `map`: here, or on all workers
 
 LEAST, LARGEST = 1, 0x7F7FFFFF  # magnitudes that may be in a core: those of finite numbers other than 0
 RUN = 512  # neighbouring elements of a sample that are read together
@@ -83,12 +86,12 @@ def sample_size(elements: int, tasks: int) -> int:
     return min(max(elements // SHARE, WHOLE // 2), MOST // tasks) // RUN * RUN
 
 
-def around(sample: Bits, sizes: Sequence[int], elements: int) -> Bracket:
+def around(sample: Bits, sizes: Sequence[int], elements: int, run: Run = map) -> Bracket:
     """A bracket for each task of its `sizes` [T]-th largest among so many elements, of which `sample` uint32 [T, S].
 
-    A sample of fewer than all elements consists of runs of RUN.
+    A sample of fewer than all elements consists of runs of RUN. Tasks are worked on by `run`.
     """
-    return Bracket.at([_bounds(row, size, elements) for row, size in zip(sample, sizes, strict=True)])
+    return Bracket.at(list(run(lambda one: _bounds(one[0], one[1], elements), zip(sample, sizes, strict=True))))
 
 
 def _bounds(sample: Bits, size: int, elements: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ SHAPES = {
 }
 INTEGERS, SAME = ("layers.0.ids",), ("layers.0.same",)
 TASKS = ("a", "b")
-SMALL = {"small": 1 << 30, "mixed": 1500, "large": 0}  # pools of so many elements are small
+SMALL = {"small": 1 << 30, "mixed": 4500, "large": 0}  # pools of so many elements in all checkpoints are small
 CASES = list(product(("tensor", "layer", "global"), ("tensor", "row"), SMALL))
 
 

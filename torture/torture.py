@@ -86,7 +86,7 @@ def make_steps_small() -> None:
     for module, name, value in (
         (writer, "FLUSH_BYTES", 200_000),
         (plan_journal, "CHECKPOINT_SECONDS", 0.002),
-        (examination, "SMALL", 300_000),
+        (examination, "SMALL", 1_200_000),
     ):
         assert hasattr(module, name)
         setattr(module, name, value)
