@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,7 @@ Halves = npt.NDArray[np.uint16]
 
 COOKIE = 12346  # of bitmaps without run containers
 CONTAINER = 1 << 16  # elements of a Roaring container
+LAST = np.uint64(1 << 63)  # bit of a word
 ARRAY = 4096  # so many of them are listed, more are a bit each
 
 
@@ -56,13 +59,32 @@ def _container(bits: Words, size: int, halves: Halves, place: int) -> int:
             for quarter in range(4):
                 halves[place + 4 * word + quarter] = bits[word] >> np.uint64(16 * quarter)
         return end
+    end = place + size
     for word in range(bits.size):
-        left = bits[word]
-        while left:
-            halves[place] = word * WORD + lowest(left)
-            left &= left - np.uint64(1)
+        if place + 2 <= end:
+            place = _list(bits[word], word * WORD, halves, place)
+        elif bits[word]:
+            halves[place] = word * WORD + lowest(bits[word])
             place += 1
-    return place
+    return end
+
+
+@compiled
+def _list(word: Any, first: int, halves: Halves, place: int) -> Any:
+    """Write `first` + the number of each bit set in a word from `place` on; returns where these end.
+
+    Two are written in any case, as how many there are cannot be foreseen; the next word's go over what is too much.
+    """
+    left = word
+    for slot in range(2):
+        halves[place + slot] = first + lowest(left | LAST)
+        left &= left - np.uint64(1)
+    more = place + 2
+    while left:
+        halves[more] = first + lowest(left)
+        left &= left - np.uint64(1)
+        more += 1
+    return place + population(word)
 
 
 @compiled
