@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,9 @@ MAX_NAME = 1_000  # characters; no real name comes near it, and numbers in names
 MAX_READ_BYTES = 1 << 30  # Linux transfers at most 2 GiB a call
 AGAIN = "Download or save it again"
 UNNAMED = f"its name is not Unicode of at most {MAX_NAME} characters. Save the checkpoint with another name for it"
+
+
+_Entry = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, offset in the file, bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,30 +269,39 @@ def read_header(file: Path, size: int | None = None) -> Shard:
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(f"{file}: header of {length} bytes; the format allows {MAX_HEADER_BYTES}. {AGAIN}")
         raw = stream.read(length)
-    entries = _parse_object(file, raw)
-    problems: list[str] = [f"{file}: -0 is not a size. {AGAIN}"] if says_minus_zero(raw) else []
-    if not _is_metadata(entries.pop("__metadata__", None)):
-        problems.append(f"{file}: '__metadata__' must map text to text. {AGAIN}")
-    infos = [info for name, entry in entries.items() if (info := _entry(file, name, entry, 8 + length, problems))]
-    if not problems:
-        problems.extend(_layout_problems(file, infos, 8 + length, size))
+    entries, problems = _parsed(raw, size)
     if problems:
-        raise CheckpointError(problems)
-    return Shard(file, size, xxhash.xxh3_128_hexdigest(raw), tuple(infos))
+        raise CheckpointError(f"{file}: {problem}" for problem in problems)
+    tensors = (StoredTensor(name, dtype, shape, nbytes, file, begin) for name, dtype, shape, begin, nbytes in entries)
+    return Shard(file, size, xxhash.xxh3_128_hexdigest(raw), tuple(tensors))
+
+
+@lru_cache(1 << 8)
+def _parsed(raw: bytes, size: int) -> tuple[tuple[_Entry, ...], tuple[str, ...]]:
+    """A header's tensors, and what is wrong with it, in a file of `size` bytes.
+
+    Fine-tunes mostly have the very headers of their base, so that each is parsed once for all of them.
+    """
+    try:
+        found = parse_object(raw)
+    except ValueError as error:
+        return (), (f"{error}. {AGAIN}",)
+    problems = [f"-0 is not a size. {AGAIN}"] if says_minus_zero(raw) else []
+    if not _is_metadata(found.pop("__metadata__", None)):
+        problems.append(f"'__metadata__' must map text to text. {AGAIN}")
+    faults = ((name, _entry_fault(name, entry)) for name, entry in found.items())
+    problems += [f"tensor {shown(name)}: {fault}" for name, fault in faults if fault]
+    entries = () if problems else tuple(_entry(name, entry, 8 + len(raw)) for name, entry in found.items())
+    return entries, tuple(problems or _layout_problems(entries, 8 + len(raw), size))
 
 
 def _is_metadata(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(is_unicode, (*value.keys(), *value.values()))))
 
 
-def _entry(file: Path, name: str, entry: Any, data_start: int, problems: list[str]) -> StoredTensor | None:
-    """One header entry as a StoredTensor; appends what is wrong with it and returns None."""
-    fault = _entry_fault(name, entry)
-    if fault is not None:
-        problems.append(f"{file}: tensor {shown(name)}: {fault}")
-        return None
+def _entry(name: str, entry: Mapping[str, Any], data_start: int) -> _Entry:
     begin, end = entry["data_offsets"]
-    return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, data_start + begin)
+    return name, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin
 
 
 def _entry_fault(name: str, entry: Any) -> str | None:
@@ -340,33 +353,26 @@ def _nbytes(shape: Iterable[int], item_bytes: int) -> int | None:
     return product
 
 
-def _layout_problems(file: Path, infos: Iterable[StoredTensor], data_start: int, size: int) -> Iterator[str]:
+def _layout_problems(entries: Iterable[_Entry], data_start: int, size: int) -> Iterator[str]:
     """Tensors must fill the data section without holes or overlaps."""
     end = data_start
-    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
-        if info.offset != end:
-            fault = (
-                "overlaps the tensor before it" if info.offset < end else f"{info.offset - end} unused bytes before it"
-            )
-            yield f"{file}: tensor {info.name!r}: {fault}. {AGAIN}"
-        end = max(end, info.offset + info.nbytes)
+    for name, _, _, begin, nbytes in sorted(entries, key=itemgetter(3, 4)):
+        if begin != end:
+            fault = "overlaps the tensor before it" if begin < end else f"{begin - end} unused bytes before it"
+            yield f"tensor {name!r}: {fault}. {AGAIN}"
+        end = max(end, begin + nbytes)
     if end > size:
-        yield f"{file}: incomplete: {size} bytes, its header promises {end}. {AGAIN}"
+        yield f"incomplete: {size} bytes, its header promises {end}. {AGAIN}"
     elif end < size:
-        yield f"{file}: {size - end} bytes after the last tensor. {AGAIN}"
+        yield f"{size - end} bytes after the last tensor. {AGAIN}"
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """A file as a JSON object without duplicate keys, of sane depth. Raises CheckpointError, or OSError."""
-    found = _parse_object(file, read_ordinary(file, MAX_JSON_BYTES))
+    try:
+        found = parse_object(read_ordinary(file, MAX_JSON_BYTES))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}. {AGAIN}") from error
     if is_deep(found):
         raise CheckpointError(f"{file}: its JSON is nested too deeply. {AGAIN}")
     return found
-
-
-def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
-    """`raw`, a file's header or all of it, as a JSON object without duplicate keys. Raises CheckpointError."""
-    try:
-        return parse_object(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}. {AGAIN}") from error

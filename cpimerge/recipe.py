@@ -63,6 +63,8 @@ class Rule:
         """The exact value at a depth from 0 (first layer) to 1 (last). Raises ValueError outside."""
         if not 0 <= depth <= 1:
             raise ValueError(f"depth must be from 0 to 1, got {depth}")
+        if len(self.values) == 1:  # as mostly, for each of many tensors
+            return self.values[0]
         position = depth * (len(self.values) - 1)
         left = int(position)
         right = min(left + 1, len(self.values) - 1)

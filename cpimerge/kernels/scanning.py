@@ -298,37 +298,73 @@ def resolve(look: Look, low: Bits, high: Bits, limits: Bits, ties: Counts, found
     first `ties` [T], which are counted down. Completes the bits, sums and Gram matrices of `found`.
     """
     members, values = room.values[look.member :], room.values[look.member :].view(np.float32)
+    sizes = room.magnitude.view(np.float32)
     room.keep[:] = ALL
-    row, gathered = 0, 0
-    for u in range(found.places.size):
-        place = found.places[u]
-        if gathered == TILE or place // look.row != row:
-            gram(members, room.keep, 0, gathered, found.gram[row])
-            row, gathered = place // look.row, 0
-        for v in range(members.shape[0]):
-            stored = found.values[u, look.member + v]
-            values[v, gathered] = stored - found.values[u, 0] if look.delta else stored
-        # What some core has is overwritten by the next. (Nothing here is a branch, as none could be foreseen.)
-        gathered += not _decide(found.values[u], place, low, high, limits, ties, found)
+    gathered: Any = 0
+    row, row_end = 0, look.row
+    for begin in range(0, found.places.size, WORD):
+        end = min(begin + WORD, found.places.size)
+        for t in range(limits.size):
+            _move(found.values, t, begin, end, room.magnitude)
+            opened = at_least(room.magnitude, 0, low[t]) & ~above(room.magnitude, 0, high[t])
+            inside = opened & above(room.magnitude, 0, limits[t])
+            equal = opened & at_least(room.magnitude, 0, limits[t]) & ~inside
+            while equal and ties[t] > 0:
+                inside |= equal & (~equal + np.uint64(1))  # the first of them
+                equal &= equal - np.uint64(1)
+                ties[t] -= 1
+            _note_inside(inside, t, begin, found)
+            found.sums[t, 0] = _add_up(inside, sizes, found.sums[t, 0])
+            found.sums[t, 1] = _add_up(opened & ~inside, sizes, found.sums[t, 1])
+        for u in range(begin, end):
+            place = found.places[u]
+            if gathered == TILE or place >= row_end:
+                gram(members, room.keep, 0, gathered, found.gram[row])
+                row, gathered = place // look.row, 0
+                row_end = (row + 1) * look.row
+            for v in range(members.shape[0]):
+                stored = found.values[u, look.member + v]
+                values[v, gathered] = stored - found.values[u, 0] if look.delta else stored
+            # What some core has is overwritten by the next. (Not a branch, as it could not be foreseen.)
+            claimed = _union(found.bits, place // WORD) >> np.uint64(place % WORD) & np.uint64(1)
+            gathered += np.int64(np.uint64(1) - claimed)
     gram(members, room.keep, 0, gathered, found.gram[row])
 
 
 @compiled
-def _decide(values: Floats, place: int, low: Bits, high: Bits, limits: Bits, ties: Counts, found: Found) -> bool:
-    """Whether an element, `values` [C], is in any core; it is noted there."""
-    word, bit = place // WORD, np.uint64(place % WORD)
-    claimed = np.uint64(0)
-    for t in range(limits.size):
-        size = np.float32(abs(values[1 + t] - values[0]))
-        m = size.view(np.uint32)
-        opened = (low[t] <= m) & (m <= high[t])
-        tie = opened & (m == limits[t]) & (ties[t] > 0)
-        ties[t] -= tie
-        inside = opened & ((m > limits[t]) | tie)
-        found.bits[t, word] |= np.uint64(inside) << bit
-        down = values[1 + t] < values[0]
-        found.inward[t, word] |= np.uint64(inside & (down != (values[0] < 0))) << bit
-        found.sums[t, 0] += np.float64(size) if inside else 0.0
-        found.sums[t, 1] += np.float64(size) if opened & ~inside else 0.0
-        claimed |= found.bits[t, word] >> bit & np.uint64(1)
-    return bool(claimed != 0)
+def _move(values: Floats, task: int, begin: int, end: int, magnitude: Bits) -> None:
+    """What a task moved elements [begin, end) of `values` [U, C] by, at most WORD of them, and then 0."""
+    for i in range(end - begin):
+        magnitude[i] = moved(values[begin + i, 1 + task], values[begin + i, 0])
+    magnitude[end - begin : WORD] = 0
+
+
+@compiled
+def _note_inside(word: Any, task: int, begin: int, found: Found) -> None:
+    """The open elements from number `begin` on whose bits the word has are in the task's core."""
+    while word:
+        u = begin + lowest(word)
+        word &= word - np.uint64(1)
+        place, base = found.places[u] // WORD, found.values[u, 0]
+        bit = np.uint64(found.places[u] % WORD)
+        down = found.values[u, 1 + task] < base
+        found.bits[task, place] |= np.uint64(1) << bit
+        found.inward[task, place] |= np.uint64(down != (base < 0)) << bit
+
+
+@compiled
+def _add_up(word: Any, sizes: Floats, total: np.float64) -> Any:
+    """`total` and those of `sizes` whose bits the word has, one after the other."""
+    while word:
+        total += np.float64(sizes[lowest(word)])
+        word &= word - np.uint64(1)
+    return total
+
+
+@compiled
+def _union(bits: Words, word: int) -> Any:
+    """A word of all cores together."""
+    union = np.uint64(0)
+    for t in range(bits.shape[0]):
+        union |= bits[t, word]
+    return union
