@@ -64,12 +64,18 @@ class Shelf:
 
     def put(self, arrays: Arrays) -> Shelved:
         """Raises OSError where the disk is full."""
-        data = b"".join(array.tobytes() + bytes(-array.nbytes % ALIGNED) for array in arrays)
+        nbytes = sum(_room(array.nbytes) for array in arrays)
         with self._lock:
-            offset, self._end = self._end, self._end + len(data)
-        write_at(self._handle, memoryview(data), offset)
+            offset, self._end = self._end, self._end + nbytes
+        place, digest = offset, xxhash.xxh3_64()
+        for array in arrays:  # one by one, as to join them would take as long as to write them
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            for piece in (data, np.zeros(-data.size % ALIGNED, np.uint8)):
+                digest.update(piece)
+                write_at(self._handle, memoryview(piece), place)
+                place += piece.size
         kinds = tuple((array.dtype, array.shape) for array in arrays)
-        return Shelved(offset, kinds, xxhash.xxh3_64_intdigest(data))
+        return Shelved(offset, kinds, digest.intdigest())
 
     def get(self, shelved: Shelved) -> list[npt.NDArray[Any]]:
         """Copies, which may be written to. Raises OSError where the file was cut short."""
