@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from .plan_file import COEFFICIENTS_FILE, Plan, TensorPlan, plan_hash
 from .planned_inputs import PLAN_AGAIN, open_inputs
 from .staging import Staging, Target, Watch, Work, staged_bytes, staged_directory
 from .stream import (
+    CHUNK,
     EXPONENT,
     Bytes,
     Chunk,
@@ -109,11 +109,11 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Fused:
-    """The chunk's output bytes, and the xxh3-64 of what was read for it, by checkpoint."""
+    """The bytes of some jobs, one after the other; and of each job the xxh3-64 of what was read for it."""
 
-    job: _Job
-    data: memoryview
-    digests: dict[str, int]
+    jobs: Sequence[_Job]
+    data: Sequence[memoryview]
+    digests: Sequence[Mapping[str, int]]  # by checkpoint
 
 
 class _Fusion:
@@ -173,22 +173,34 @@ class _Fusion:
         """Fuse and write one shard, whose first `tensors` are there; returns its sha256."""
         seen: dict[str, list[int]] = {}
         with closing(self.pool.map(partial(self._fuse_all, writer), self._jobs(layout, tensors))) as results:
-            for fused in chain.from_iterable(results):
-                for name, digest in fused.digests.items():
-                    seen.setdefault(name, []).append(digest)
-                writer.hash(fused.data)
-                if fused.job.last:
-                    self._check_unchanged(fused.job.tensor, seen)
-                    seen = {}
-                    writer.mark(fused.job.place + 1)
-                self.done += fused.data.nbytes
-                self.watch.progress("fuse", self.done, self.total)
+            for fused in results:
+                for data in fused.data:
+                    writer.hash(data)
+                    self.done += data.nbytes
+                    if data is fused.data[-1]:
+                        self._check_and_mark(writer, fused, seen)
+                    self.watch.progress("fuse", self.done, self.total)
             return writer.finish()
 
+    def _check_and_mark(self, writer: ShardWriter, fused: _Fused, seen: dict[str, list[int]]) -> None:
+        """Whole tensors were read as they were planned; `seen` are the digests of the chunks of one before its end."""
+        for job, digests in zip(fused.jobs, fused.digests, strict=True):
+            for name, digest in digests.items():
+                seen.setdefault(name, []).append(digest)
+            if job.last:
+                self._check_unchanged(job.tensor, seen)
+                seen.clear()
+        if fused.jobs[-1].last:
+            writer.mark(fused.jobs[-1].place + 1)
+
     def _jobs(self, layout: ShardLayout, first: int) -> Iterator[list[_Job]]:
-        """The chunks of a shard's tensors from number `first` on, one at a time, but a levelled tensor's together."""
+        """The chunks of a shard's tensors from number `first` on: one at a time, but small tensors together.
+
+        A levelled tensor's are together, too, and by themselves.
+        """
         tensors = {tensor.name: tensor for tensor in self.plan.tensors}
-        begin = 0
+        begin = held = 0
+        small: list[_Job] = []  # of `held` elements together
         for place, output in enumerate(layout.tensors):
             every = chunks(output.shape, self.plan.settings.granularity) if place >= first else []
             tensor, item = tensors[output.name], ITEM_BYTES[output.dtype]
@@ -196,8 +208,18 @@ class _Fusion:
                 _Job(tensor, place, chunk, number, number == len(every) - 1, begin + chunk.start * item)
                 for number, chunk in enumerate(every)
             ]
-            yield from [jobs] if jobs and tensor.is_levelled else ([job] for job in jobs)
             begin += output.nbytes
+            is_small = len(jobs) == 1 and not tensor.is_levelled
+            if small and jobs and (not is_small or held + output.elements > CHUNK):
+                yield small
+                small, held = [], 0
+            if is_small:
+                small += jobs
+                held += output.elements
+            elif jobs:
+                yield from [jobs] if tensor.is_levelled else ([job] for job in jobs)
+        if small:
+            yield small
 
     def _check_unchanged(self, tensor: TensorPlan, seen: Mapping[str, Sequence[int]]) -> None:
         changed = [name for name, digests in seen.items() if content_hash(digests) != tensor.xxh3[name]]
@@ -207,14 +229,23 @@ class _Fusion:
             )
             raise PlanError([*where, PLAN_AGAIN])
 
-    def _fuse_all(self, writer: ShardWriter, jobs: Sequence[_Job]) -> list[_Fused]:
-        if not jobs[0].tensor.is_levelled:
-            return [self._fuse(writer, job, None) for job in jobs]
-        with self.pool.whole:
-            update = self._levelled(jobs)
-            return [self._fuse(writer, job, update) for job in jobs]
+    def _fuse_all(self, writer: ShardWriter, jobs: Sequence[_Job]) -> _Fused:
+        if jobs[0].tensor.is_levelled:
+            with self.pool.whole:
+                update = self._levelled(jobs)
+                data, digests = zip(*(self._fuse(job, update) for job in jobs), strict=True)
+        else:
+            data, digests = zip(*(self._fuse(job, None) for job in jobs), strict=True)
+            if len(jobs) > 1:  # for many small tensors calls take longer than a copy
+                data = (memoryview(b"".join(data)),)
+        place = writer.data_begin + jobs[0].offset
+        for part in data:
+            writer.write(part, place)
+            place += part.nbytes
+        return _Fused(jobs, data, digests)
 
-    def _fuse(self, writer: ShardWriter, job: _Job, update: Floats | None) -> _Fused:
+    def _fuse(self, job: _Job, update: Floats | None) -> tuple[memoryview, Mapping[str, int]]:
+        """A chunk's bytes, and the xxh3-64 of what was read for it, by checkpoint."""
         infos = [self.checkpoints[name].tensors[job.tensor.name] for name in self.sources]
         stored = self.pool.read(infos, job.chunk)  # all of them: also what has no effect must be what was planned
         digests = {name: xxhash.xxh3_64_intdigest(raw) for name, raw in zip(self.sources, stored, strict=True)}
@@ -225,9 +256,7 @@ class _Fusion:
                 if blends
                 else self._copy(job, infos[self.base], stored[self.base])
             )
-        view = memoryview(data.view(np.uint8))
-        writer.write(view, writer.data_begin + job.offset)
-        return _Fused(job, view, digests)
+        return memoryview(data.view(np.uint8)), digests
 
     def _copy(self, job: _Job, info: Tensor, raw: Bytes) -> Bits:
         if info.dtype == job.tensor.dtype:

@@ -178,7 +178,7 @@ def _plan_worker_bytes(inputs: Inputs) -> int:
 def _fuse_worker_bytes(sources: int, tasks: int) -> int:
     buffers = CHUNK * (sources * (8 + 4) + 8)  # raw bytes, of 8-byte integers at the largest, and values
     claims = CHUNK * (tasks * (4 + 4 + 4 + 4) + 40)  # positions, bits, updates and masks where cores take everything
-    return buffers + claims + PENDING * CHUNK * 8
+    return buffers + claims + (1 + PENDING) * CHUNK * 8  # small tensors, before they are joined, and results that wait
 
 
 def _gram_bytes(inputs: Inputs) -> int:

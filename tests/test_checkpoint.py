@@ -138,6 +138,21 @@ def test_a_header_is_known_by_its_hash(tmp_path: Path) -> None:
     assert digest("w", 1) != digest("v", 1)
 
 
+def test_the_same_header_in_several_files(tmp_path: Path, handles: Handles) -> None:
+    """It is parsed once; the tensors are each file's own, and so are its faults, which other sizes make others."""
+    for number in (1, 2):
+        save_file({"w": torch.full((2,), number, dtype=torch.uint8)}, tmp_path / f"{number}")
+    found = [read_header(tmp_path / name).tensors[0] for name in "12"]
+    assert [info.file.name for info in found] == ["1", "2"]
+    assert [read(info) for info in found] == [b"\1\1", b"\2\2"]
+    for name, spoilt in {"short": 1, "long": -1, "again": 1}.items():
+        data = (tmp_path / "1").read_bytes()
+        (tmp_path / name).write_bytes(data[:-spoilt] if spoilt > 0 else data + b"x")
+        fault = f"incomplete: {len(data) - 1} bytes" if spoilt > 0 else "1 bytes after the last tensor"
+        with pytest.raises(CheckpointError, match=f"^{tmp_path / name}: {fault}"):
+            read_header(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpimerge
-from cpimerge import CheckpointError, OutputError, PlanError, stream, writer
+from cpimerge import CheckpointError, OutputError, PlanError, fusion, stream, writer
 from cpimerge.writer import BegunShard, FinishedShard, OutputTensor, ShardLayout, shard_records
 
 SHARDS = 40_000  # bytes: some tensors each
@@ -128,6 +128,40 @@ def test_every_place(models: Path, tmp_path: Path) -> None:
     tensor = 70 * 100 * 2
     assert took_over == sorted(took_over)
     assert {n // tensor for n in took_over} == set(range(len(NAMES) + 1))  # a whole tensor is never done again
+
+
+def test_small_tensors_come_together(tmp_path: Path) -> None:
+    """In one read and one write, in the bytes that each by itself has; cut off anywhere, whole ones are taken over."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(30,), (40,), (0,), (3, 90), (100, 25), (7,), (50, 2), (1,), (20,), (2100,), (64,)]
+    for name in ("base", "a", "b"):
+        tensors: dict[str, torch.Tensor] = {
+            f"layers.{number}.w": torch.randn(shape, generator=generator) for number, shape in enumerate(shapes)
+        }
+        same = torch.arange(60, dtype=torch.float32)
+        save(tmp_path / name, {**tensors, "layers.6.same": same, "layers.7.ids": torch.arange(9)})
+    recipe = write_recipe(
+        tmp_path / "recipe.yml",
+        base_model=tmp_path / "base",
+        models=[{"model": tmp_path / "a"}, {"model": tmp_path / "b"}],
+        parameters={"density": 0.1, "singular_values": "keep"},
+    )
+    cpimerge.plan(recipe, tmp_path / "plan")
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    with mock.patch.object(fusion, "CHUNK", 0):  # no two of them fit
+        fuse(tmp_path, alone)
+    for most in (1, 60, 150, 400, 1_000_000):
+        with mock.patch.object(fusion, "CHUNK", most):
+            every = steps_in_all(tmp_path, out)
+            for place in range(1, len(every) + 1):
+                with pytest.raises(Stop):
+                    fuse(tmp_path, out, place, threads=1 + place % 2)
+                recorded = tensor_bytes_recorded(out) if (tmp_path / ".out.partial").exists() else 0
+                resumed, _ = fuse(tmp_path, out)
+                assert resumed == ([(recorded, every[-1])] if recorded else [])
+                assert tree(out) == tree(alone)
+                shutil.rmtree(out)
+    assert len(every) < len(shapes)  # with the most room
 
 
 @given(

@@ -9,7 +9,7 @@ import torch
 from checkpoints import save, write_recipe
 
 import cpimerge
-from cpimerge import needs, preflight
+from cpimerge import examination, needs, preflight
 from cpimerge.budget import RUNTIME_BYTES
 from cpimerge.plan_file import Plan
 from cpimerge.stream import PENDING
@@ -67,3 +67,15 @@ def test_what_levelling_adds_to_a_thread(recipe: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(needs, "_plan_worker_bytes", lambda _: 0)
     waiting = PENDING * 4 * SHAPE[0] * SHAPE[1]
     assert needs.worker_bytes(inputs) - needs.worker_bytes(inputs, levels=False) == waiting
+
+
+def test_what_one_worker_examines_in_memory(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool counts with what all of its three checkpoints have; a larger one waits on the disk instead."""
+    inputs = preflight.check(cpimerge.load_recipe(recipe))
+    stored = 3 * SHAPE[0] * SHAPE[1]
+    monkeypatch.setattr(examination, "SMALL", stored)
+    assert examination.is_small(list(inputs.tensors), "tensor")
+    assert needs.plan_room(inputs).shelf == 0
+    monkeypatch.setattr(examination, "SMALL", stored - 1)
+    assert not examination.is_small(list(inputs.tensors), "tensor")
+    assert needs.plan_room(inputs).shelf > 0
