@@ -51,11 +51,9 @@ class Claim:
 
     def holds(self, places: Positions) -> npt.NDArray[np.bool_]:
         """Which of `places` are claimed."""
-        found = np.zeros(places.size, np.bool_)
-        near = np.searchsorted(self.positions, places)
-        inside = near < self.positions.size
-        found[inside] = self.positions[near[inside]] == places[inside]
-        return found
+        claimed = np.zeros(self.stored.bits.size, np.bool_)
+        claimed[self.positions] = True
+        return claimed[places]
 
 
 def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Stored, dtype: str) -> None:
@@ -75,8 +73,8 @@ def transplant(out: Bits, claims: Sequence[Claim], conflict: str, base: Stored, 
 def _contested(claims: Sequence[Claim]) -> Positions:
     """Positions in more than one core, ascending."""
     every = np.sort(np.concatenate([claim.positions for claim in claims]))
-    contested: Positions = np.unique(every[1:][every[1:] == every[:-1]])
-    return contested
+    again = every[1:][every[1:] == every[:-1]]
+    return np.concatenate([again[:1], again[1:][again[1:] != again[:-1]]])  # once each
 
 
 def _largest(contested: Positions, claims: Sequence[Claim], base: Stored, dtype: str) -> Bits:
@@ -97,9 +95,9 @@ def _mean(contested: Positions, claims: Sequence[Claim], base: Stored, dtype: st
     total = np.full(contested.size, -0.0, np.float32)  # what adding changes nothing, not even −0
     count = np.zeros(contested.size, np.float32)
     for claim in claims:
-        claimed = claim.holds(contested)
+        claimed = np.flatnonzero(claim.holds(contested))
         total[claimed] += claim.stored.values_at(contested[claimed])
-        count += claimed
+        count[claimed] += 1
     return encode(total / count, dtype)
 
 
