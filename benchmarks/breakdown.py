@@ -29,7 +29,7 @@ PLAN_PARTS: list[tuple[Any, str, str]] = [
     (shelf.Shelf, "put", "keeping what is open, in a file"),
     (shelf.Shelf, "get", "reading it back"),
     (shelf.Shelf, "get_one", "reading it back"),
-    (passes, "around", "brackets from the sample"),
+    (examination, "around", "brackets from the sample"),
     (scanning, "magnitudes", "|Δ| of the sample"),
     (examination, "pick", "thresholds"),
     (scanning, "gather", "thresholds: gathering candidates"),

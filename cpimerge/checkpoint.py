@@ -33,6 +33,7 @@ __all__ = [
     "StoredTensor",
     "Tensor",
     "collect",
+    "forget_headers",
     "is_name",
     "is_unicode",
     "layer_of",
@@ -274,6 +275,11 @@ def read_header(file: Path, size: int | None = None) -> Shard:
         raise CheckpointError(f"{file}: {problem}" for problem in problems)
     tensors = (StoredTensor(name, dtype, shape, nbytes, file, begin) for name, dtype, shape, begin, nbytes in entries)
     return Shard(file, size, xxhash.xxh3_128_hexdigest(raw), tuple(tensors))
+
+
+def forget_headers() -> None:
+    """Models that are opened together share what was parsed; to be called when they are open."""
+    _parsed.cache_clear()
 
 
 @lru_cache(1 << 8)

@@ -24,9 +24,9 @@ from .kernels.arrays import Bits, Floats
 from .kernels.scanning import Found
 from .passes import Block, Counts, Limits, Passes, Scanned, Settled
 from .preflight import TensorSpec
-from .selection import Bracket, Run, around, everything, narrow, pick
+from .selection import Bracket, around, everything, narrow, pick
 from .shelf import Shelf, Shelved
-from .stream import BLOCK_CHUNKS, CHUNK, Item, chunks, row_count
+from .stream import BLOCK_CHUNKS, CHUNK, Item, Map, chunks, row_count
 
 __all__ = [
     "SMALL",
@@ -61,7 +61,7 @@ class Begun:
     scanned: Sequence[Scanned] = ()
 
 
-def examine(pool: Pool, granularity: str, passes: Passes, run: Run) -> Iterator[Result]:
+def examine(pool: Pool, granularity: str, passes: Passes, run: Map) -> Iterator[Result]:
     """Every chunk of a pool as first scanned, without its arrays; then, if all are sound, those settled that differ."""
     examination = Examination(pool, granularity, passes, run)
     return examination.results(Begun(examination.sample()) if pool[0].is_float else None)
@@ -70,7 +70,7 @@ def examine(pool: Pool, granularity: str, passes: Passes, run: Run) -> Iterator[
 class Examination:
     """One pool, from its sample to its settled chunks. With a `shelf`, scanned chunks wait there, not in memory."""
 
-    def __init__(self, pool: Pool, granularity: str, passes: Passes, run: Run, shelf: Shelf | None = None) -> None:
+    def __init__(self, pool: Pool, granularity: str, passes: Passes, run: Map, shelf: Shelf | None = None) -> None:
         self.pool = pool
         self.passes = passes
         self.run = run
@@ -81,7 +81,7 @@ class Examination:
 
     def sample(self) -> Bracket:
         """The bracket of a pool of floating-point tensors."""
-        parts = list(self.run(self.passes.sample, self.passes.samples(self.blocks, self.sizes)))
+        parts = list(self.run(self.passes.sample, self.passes.sample_parts(self.blocks, self.sizes)))
         found = np.concatenate([np.empty((len(self.sizes), 0), np.uint32), *parts], axis=1)
         return around(found, self.sizes, elements_of(self.pool), self.run)
 

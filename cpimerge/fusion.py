@@ -50,6 +50,7 @@ from .writer import BegunShard, FinishedShard, ShardLayout, ShardRecord, ShardWr
 
 __all__ = ["fuse_plan"]
 
+TOGETHER = 256  # small tensors that a worker takes at most at a time
 TOO_LARGE = "The inputs are too large to merge"
 
 
@@ -177,7 +178,7 @@ class _Fusion:
                 for data in fused.data:
                     writer.hash(data)
                     self.done += data.nbytes
-                    if data is fused.data[-1]:
+                    if data is fused.data[-1]:  # before it is told that they are done
                         self._check_and_mark(writer, fused, seen)
                     self.watch.progress("fuse", self.done, self.total)
             return writer.finish()
@@ -196,7 +197,7 @@ class _Fusion:
     def _jobs(self, layout: ShardLayout, first: int) -> Iterator[list[_Job]]:
         """The chunks of a shard's tensors from number `first` on: one at a time, but small tensors together.
 
-        A levelled tensor's are together, too, and by themselves.
+        A levelled tensor's are together, too, and by themselves. What comes together lies one after the other.
         """
         tensors = {tensor.name: tensor for tensor in self.plan.tensors}
         begin = held = 0
@@ -210,7 +211,7 @@ class _Fusion:
             ]
             begin += output.nbytes
             is_small = len(jobs) == 1 and not tensor.is_levelled
-            if small and jobs and (not is_small or held + output.elements > CHUNK):
+            if small and jobs and (not is_small or len(small) == TOGETHER or held + output.elements > CHUNK):
                 yield small
                 small, held = [], 0
             if is_small:
@@ -230,19 +231,22 @@ class _Fusion:
             raise PlanError([*where, PLAN_AGAIN])
 
     def _fuse_all(self, writer: ShardWriter, jobs: Sequence[_Job]) -> _Fused:
-        if jobs[0].tensor.is_levelled:
-            with self.pool.whole:
-                update = self._levelled(jobs)
-                data, digests = zip(*(self._fuse(job, update) for job in jobs), strict=True)
-        else:
-            data, digests = zip(*(self._fuse(job, None) for job in jobs), strict=True)
-            if len(jobs) > 1:  # for many small tensors calls take longer than a copy
-                data = (memoryview(b"".join(data)),)
+        if not jobs[0].tensor.is_levelled:
+            return self._write(writer, jobs, None)
+        with self.pool.whole:  # until nothing of the matrix is held, and the disk has taken it
+            return self._write(writer, jobs, self._levelled(jobs))
+
+    def _write(self, writer: ShardWriter, jobs: Sequence[_Job], update: Floats | None) -> _Fused:
+        """Fuse chunks that lie one after the other, and write them."""
+        parts = [self._fuse(job, update) for job in jobs]
+        data = [part for part, _ in parts]
+        if update is None and len(jobs) > 1:  # for many small tensors calls take longer than a copy
+            data = [memoryview(b"".join(data))]
         place = writer.data_begin + jobs[0].offset
         for part in data:
             writer.write(part, place)
             place += part.nbytes
-        return _Fused(jobs, data, digests)
+        return _Fused(jobs, data, [digests for _, digests in parts])
 
     def _fuse(self, job: _Job, update: Floats | None) -> tuple[memoryview, Mapping[str, int]]:
         """A chunk's bytes, and the xxh3-64 of what was read for it, by checkpoint."""

@@ -23,7 +23,7 @@ from .plan_file import Plan, TensorPlan
 from .plan_files import Room
 from .preflight import Inputs, TensorSpec, pools
 from .selection import BIN_BITS
-from .stream import CHUNK, PENDING, chunks
+from .stream import BLOCK_CHUNKS, CHUNK, PENDING, chunks
 from .writer import OutputTensor, shard_layouts
 
 __all__ = [
@@ -165,14 +165,17 @@ def _result(shape: Sequence[int], dtype: str) -> int:
 
 
 def _plan_worker_bytes(inputs: Inputs) -> int:
-    """Buffers, a small pool whose every element is open, and results that wait to be written."""
+    """Buffers, what is kept of a small pool, or of a block of a large one, and what came of it; results that wait.
+
+    Of these one more than may wait is just being written.
+    """
     checkpoints, tasks = len(inputs.checkpoints), len(inputs.recipe.tasks)
     item = max((info.item_bytes for spec in inputs.tensors for info in spec.sources), default=1)
     buffers = CHUNK * (checkpoints * (item + 4) + 16) + checkpoints * (2 * CHUNK // 8 + 4 * MOST)
-    elements, grams = SMALL // checkpoints, _gram_bytes(inputs)
-    cores = elements * tasks // 8
-    pool = int(elements * CROWDED) * 4 * (1 + checkpoints) + 2 * cores + grams
-    return buffers + pool + PENDING * (cores + grams + tasks * HISTOGRAM_BYTES)
+    elements = max(SMALL // checkpoints, BLOCK_CHUNKS * CHUNK)
+    settled = elements * tasks // 8 + _gram_bytes(inputs)
+    pool = int(elements * CROWDED) * 4 * (1 + checkpoints) + 2 * elements * tasks // 8 + settled
+    return buffers + pool + (1 + PENDING) * settled + PENDING * tasks * HISTOGRAM_BYTES
 
 
 def _fuse_worker_bytes(sources: int, tasks: int) -> int:

@@ -24,7 +24,7 @@ from .selection import RUN, Bracket, sample_size
 from .shelf import Shelved
 from .stream import CHUNK, EXPONENT, Bytes, Chunk, Workers, bits_of, decode, kinds_of
 
-__all__ = ["Block", "Passes", "Sample", "Scanned", "Settled", "nothing_found"]
+__all__ = ["Block", "Passes", "SamplePart", "Scanned", "Settled", "nothing_found"]
 
 NEAR = np.float32(1e-5).view(np.uint32)  # the largest float32 that is ≤ 1e-5 (METHOD §6)
 # `Look`'s `least` and `half` by the base's dtype, which has so many bits of a fraction.
@@ -34,7 +34,7 @@ PRECISION = {
 }
 FEW = 1 << 12  # open elements that are kept in any case
 CROWDED = 1 / 8  # the share of open elements from which a chunk is rather read again
-SAMPLE_PARTS = 8  # a worker takes a sample by so small a share of what its buffers hold
+SAMPLE_PARTS = 8  # a part is so small a share of what a worker could hold, so that all of them get some
 GOLDEN = 0.6180339887498949  # its multiples spread over [0, 1) and fall in with no row length
 
 Counts = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SamplePart:
     """A part of a sample: runs of elements that start at `starts` of a tensor, or of `chunk`, which is read whole."""
 
     spec: TensorSpec
@@ -98,7 +98,7 @@ class Passes:
     member: int
     delta: bool  # blend the differences from the base, not the weights
 
-    def samples(self, blocks: Sequence[Block], sizes: Sequence[int]) -> Iterator[Sample]:
+    def sample_parts(self, blocks: Sequence[Block], sizes: Sequence[int]) -> Iterator[SamplePart]:
         """Where to look for the `sizes` [T]-th largest magnitudes of a pool."""
         specs = list({block.spec.name: block.spec for block in blocks}.values())
         elements = sum(spec.elements for spec in specs)
@@ -107,14 +107,14 @@ class Passes:
             for block in blocks:
                 for chunk in block.chunks:
                     whole = chunk.size // RUN * RUN
-                    yield Sample(block.spec, range(0, whole, RUN), RUN, chunk)
-                    yield Sample(block.spec, range(whole, chunk.size, RUN), chunk.size - whole, chunk)
+                    yield SamplePart(block.spec, range(0, whole, RUN), RUN, chunk)
+                    yield SamplePart(block.spec, range(whole, chunk.size, RUN), chunk.size - whole, chunk)
         elif wanted and len(blocks) == len(blocks[0].chunks) == 1:  # its only chunk is read in a moment anyhow
-            yield Sample(specs[0], _spread(elements, wanted // RUN), RUN, blocks[0].chunks[0])
+            yield SamplePart(specs[0], _spread(elements, wanted // RUN), RUN, blocks[0].chunks[0])
         elif wanted:
             yield from _runs(specs, _spread(elements, wanted // RUN))
 
-    def sample(self, part: Sample) -> Bits:
+    def sample(self, part: SamplePart) -> Bits:
         """The magnitudes there, of every task: uint32 [T, runs · run]."""
         starts = part.starts
         if part.chunk is None:
@@ -271,7 +271,7 @@ def _spread(elements: int, runs: int) -> list[int]:
     return [int(number * part + (number * GOLDEN % 1.0) * (part - RUN)) for number in range(runs)]
 
 
-def _runs(specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[Sample]:
+def _runs(specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[SamplePart]:
     """Runs that start at these elements of a pool, its tensors laid end to end; moved to lie in one tensor."""
     begin, most = 0, max(1, CHUNK // SAMPLE_PARTS // RUN)
     for spec in specs:
@@ -280,7 +280,7 @@ def _runs(specs: Sequence[TensorSpec], starts: Sequence[int]) -> Iterator[Sample
         begin = end
         last = spec.elements - RUN
         for first in range(0, len(inside) if last >= 0 else 0, most):
-            yield Sample(spec, [min(start, last) for start in inside[first : first + most]], RUN)
+            yield SamplePart(spec, [min(start, last) for start in inside[first : first + most]], RUN)
 
 
 def _differences(spec: TensorSpec, chunk: Chunk, stored: Sequence[Bytes]) -> dict[int, int]:

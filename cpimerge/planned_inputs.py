@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .adapter import ADAPTER_FILES
 from .budget import format_size
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, forget_headers
 from .compatibility import differences
 from .errors import CheckpointError, PlanError
 from .models import Locate, locate, open_model
@@ -41,6 +41,7 @@ def open_inputs(plan: Plan, find: Locate = locate) -> dict[str, Checkpoint]:
         then = {shard.file: (shard.size, shard.header_xxh3) for shard in planned.shards}
         differing = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
         changed.extend(f"{_place(checkpoint, file)}: {_change(now.get(file), then.get(file))}" for file in differing)
+    forget_headers()
     if changed:
         raise PlanError([*changed, *unread, PLAN_AGAIN])
     if unread:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat_template import settle_template
-from .checkpoint import FLOAT_NAMES, Checkpoint, Tensor, collect, is_unicode, layer_of
+from .checkpoint import FLOAT_NAMES, Checkpoint, Tensor, collect, forget_headers, is_unicode, layer_of
 from .companions import module_weights, unreadable
 from .compatibility import differences, notes
 from .depths import positions, side_problems, slice_problems
@@ -137,6 +137,7 @@ def check(recipe: Recipe, find: Locate = locate) -> Inputs:
     for reference in references.values():
         if reference not in opened:
             opened[reference] = _open(reference, base, find, findings)
+    forget_headers()
     if base is not None:
         _check_base(base, recipe, findings)
         _judge(base, [other for other in opened.values() if other is not None and other is not base], findings)

@@ -11,9 +11,8 @@ Magnitudes are bit patterns (uint32) of float32. T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,9 @@ from .cores import NOTHING, Threshold
 from .errors import CheckpointError
 from .kernels.arrays import Bits, Counts
 from .kernels.scanning import kth_bin
+from .stream import Map
 
-__all__ = ["Bracket", "Run", "around", "everything", "narrow", "pick", "sample_size"]
-
-Run = Callable[..., Iterator[Any]]  # `map`: here, or on all workers
+__all__ = ["Bracket", "around", "everything", "narrow", "pick", "sample_size"]
 
 LEAST, LARGEST = 1, 0x7F7FFFFF  # magnitudes that may be in a core: those of finite numbers other than 0
 RUN = 512  # neighbouring elements of a sample that are read together
@@ -86,7 +84,7 @@ def sample_size(elements: int, tasks: int) -> int:
     return min(max(elements // SHARE, WHOLE // 2), MOST // tasks) // RUN * RUN
 
 
-def around(sample: Bits, sizes: Sequence[int], elements: int, run: Run = map) -> Bracket:
+def around(sample: Bits, sizes: Sequence[int], elements: int, run: Map = map) -> Bracket:
     """A bracket for each task of its `sizes` [T]-th largest among so many elements, of which `sample` uint32 [T, S].
 
     A sample of fewer than all elements consists of runs of RUN. Tasks are worked on by `run`.

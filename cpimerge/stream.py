@@ -38,6 +38,7 @@ EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "F32": np.uint32(0x7F800000),
 }
 
+Map = Callable[..., Iterator[Any]]  # Python's own, or that of `Workers`
 Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

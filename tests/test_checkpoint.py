@@ -27,6 +27,7 @@ from trees import is_open
 from cpimerge import CheckpointError, checkpoint
 from cpimerge.checkpoint import Handles, Tensor, layer_of, natural_key, read_header
 from cpimerge.directory import open_checkpoint
+from cpimerge.plain_json import parse_object
 from cpimerge.stream import OPEN_FILES
 
 # --- names ------------------------------------------------------------------------------------------
@@ -142,7 +143,12 @@ def test_the_same_header_in_several_files(tmp_path: Path, handles: Handles) -> N
     """It is parsed once; the tensors are each file's own, and so are its faults, which other sizes make others."""
     for number in (1, 2):
         save_file({"w": torch.full((2,), number, dtype=torch.uint8)}, tmp_path / f"{number}")
-    found = [read_header(tmp_path / name).tensors[0] for name in "12"]
+    with mock.patch("cpimerge.checkpoint.parse_object", wraps=parse_object) as parse:
+        found = [read_header(tmp_path / name).tensors[0] for name in "12"]
+        assert parse.call_count == 1
+        checkpoint.forget_headers()
+        read_header(tmp_path / "1")
+        assert parse.call_count == 2
     assert [info.file.name for info in found] == ["1", "2"]
     assert [read(info) for info in found] == [b"\1\1", b"\2\2"]
     for name, spoilt in {"short": 1, "long": -1, "again": 1}.items():

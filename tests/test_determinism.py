@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from checkpoints import save, write_recipe
 from trees import files
 
 import cpimerge
-from cpimerge import needs, preflight
+from cpimerge import examination, needs, preflight
 from cpimerge.budget import RUNTIME_BYTES, Budget
+from cpimerge.examination import SMALL
 from cpimerge.plan_file import Plan
 from cpimerge.stream import BLOCK_CHUNKS, CHUNK, chunks
 
@@ -35,6 +37,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "model.layers.1.empty": ((0, 4), torch.float32),
 }
 TASKS = ("math", "code", "chat")
+SHARED = 4 * LARGE[0] * LARGE[1] - 1  # elements in all checkpoints: too few to examine the largest tensor in memory
 MB = 1_000_000
 CASES: list[dict[str, Any]] = [
     {"scope": "tensor", "granularity": "tensor", "space": "weights", "conflict": "last"},
@@ -109,6 +112,10 @@ def test_the_models_are_large_and_tied_enough(models: Path, tmp_path: Path) -> N
     """Otherwise the tests below show little."""
     assert len(chunks(LARGE, "tensor")) > BLOCK_CHUNKS
     assert any(not chunk.opens_row for chunk in chunks((2, 300_000), "row"))
+    inputs = preflight.check(cpimerge.load_recipe(recipe(models)))
+    assert needs.plan_room(inputs).shelf == 0
+    with mock.patch.object(examination, "SMALL", SHARED):
+        assert needs.plan_room(inputs).shelf > 0
     plan = cpimerge.plan(recipe(models), tmp_path / "plan", threads=2)
     assert {tensor.action for tensor in plan.tensors} == {"copy", "identical", "blend"}
     embed = next(tensor for tensor in plan.tensors if tensor.name == "model.embed.weight").tasks["code"]
@@ -121,9 +128,10 @@ def test_same_bytes_for_every_thread_count_and_budget(models: Path, tmp_path: Pa
     path = recipe(models, **case)
     cpimerge.plan(path, tmp_path / "plan", threads=1)
     cpimerge.fuse(tmp_path / "plan", tmp_path / "out", threads=1)
-    for threads, extra in ((1, 0), (2, 3 * MB), (7, 0), (7, 100 * MB)):
+    for threads, extra, small in ((1, 0, SHARED), (2, 3 * MB, SHARED), (7, 0, SHARED), (7, 100 * MB, SMALL)):
         budget = least(path, threads) + threads * extra
-        cpimerge.plan(path, tmp_path / "plan2", threads=threads, memory=budget, force=True)
+        with mock.patch.object(examination, "SMALL", small):
+            cpimerge.plan(path, tmp_path / "plan2", threads=threads, memory=budget, force=True)
         assert_same(tmp_path / "plan", tmp_path / "plan2")
     for threads in (2, 7):
         budget = least_fuse(tmp_path / "plan", threads)
@@ -225,6 +233,18 @@ def test_the_default_budget_is_kept_with_eight_experts_and_rows_of_three(tmp_pat
     models = many_experts(tmp_path, 8, {"conv.weight": (512, 512, 3, 3)})
     path = write_recipe(tmp_path / "recipe.yml", **models, parameters={"granularity": "row"})
     assert peak_of("plan", path, "-o", tmp_path / "plan", threads=2) <= (400 + 2 * 64) * MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_smallest_budget_is_kept_with_the_largest_pools_in_memory(tmp_path: Path) -> None:
+    """Each of two workers has all of one, and large cores of it; others wait to be written."""
+    shape = (SMALL // 3 // 4096, 4096)
+    models = many_experts(tmp_path, 2, {f"weight{number}": shape for number in range(5)})
+    parameters = {"density": 0.3, "space": "weights"}
+    path = write_recipe(tmp_path / "recipe.yml", **models, parameters=parameters)
+    assert needs.plan_room(preflight.check(cpimerge.load_recipe(path))).shelf == 0
+    budget = least(path, threads=2)
+    assert peak_of("plan", path, "-o", tmp_path / "plan", "--memory", budget, threads=2) <= budget
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

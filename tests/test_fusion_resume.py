@@ -131,7 +131,7 @@ def test_every_place(models: Path, tmp_path: Path) -> None:
 
 
 def test_small_tensors_come_together(tmp_path: Path) -> None:
-    """In one read and one write, in the bytes that each by itself has; cut off anywhere, whole ones are taken over."""
+    """In one write, in the bytes that each by itself has; cut off anywhere, whole ones are taken over."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(30,), (40,), (0,), (3, 90), (100, 25), (7,), (50, 2), (1,), (20,), (2100,), (64,)]
     for name in ("base", "a", "b"):

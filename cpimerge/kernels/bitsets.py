@@ -14,7 +14,7 @@ Halves = npt.NDArray[np.uint16]
 
 COOKIE = 12346  # of bitmaps without run containers
 CONTAINER = 1 << 16  # elements of a Roaring container
-LAST = np.uint64(1 << 63)  # bit of a word
+LAST_BIT = np.uint64(1 << 63)  # of a word: what `lowest` finds where no other is set
 ARRAY = 4096  # so many of them are listed, more are a bit each
 
 
@@ -77,7 +77,7 @@ def _list(word: Any, first: int, halves: Halves, place: int) -> Any:
     """
     left = word
     for slot in range(2):
-        halves[place + slot] = first + lowest(left | LAST)
+        halves[place + slot] = first + lowest(left | LAST_BIT)
         left &= left - np.uint64(1)
     more = place + 2
     while left:
