@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,24 @@ from .arrays import Counts, Stored, compiled
 
 # POSIX: ssize_t pread(int, void *, size_t, off_t)
 _pread: Any = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
+WILL_NEED = 3  # Linux's POSIX_FADV_WILLNEED
+
+if sys.platform == "linux":
+    # int posix_fadvise(int, off_t, off_t, int)
+    _advise: Any = types.ExternalFunction(
+        "posix_fadvise", types.int32(types.int32, types.int64, types.int64, types.int32)
+    )
+
+    @compiled
+    def _announce(file: int, size: int, offset: int) -> None:
+        """Tell the system that bytes [offset, offset + size) will be read."""
+        _advise(np.int32(file), np.int64(offset), np.int64(size), np.int32(WILL_NEED))
+
+else:
+
+    @compiled
+    def _announce(file: int, size: int, offset: int) -> None:
+        """Nothing that all other systems have."""
 
 
 @compiled
@@ -46,6 +65,10 @@ def read_runs(files: Counts, offsets: Counts, items: Counts, starts: Counts, run
     element; `starts` [runs] count elements; `out` uint8 [C, ≥ runs · run · item]. False where something could not be
     read: what, a slower reader will find out.
     """
+    if starts.size > 1:  # a disk that has to fetch them does so many at a time, and not each when it is waited for
+        for c in range(files.size):
+            for start in starts:
+                _announce(files[c], run * items[c], offsets[c] + start * items[c])
     for c in range(files.size):
         size = run * items[c]
         place = out[c].ctypes.data
