@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import WORD, Counts, Stored, Words, compiled
-from .vectors import lowest, population
+from .vectors import lowest, population, union
 
 Halves = npt.NDArray[np.uint16]
 
@@ -148,10 +148,7 @@ def overlaps(bits: Words, inward: Words, pairs: Counts, aligned: Counts, inwards
     """
     claimed = 0
     for word in range(bits.shape[1]):
-        union = np.uint64(0)
-        for t in range(bits.shape[0]):
-            union |= bits[t, word]
-        claimed += population(union)
+        claimed += population(union(bits, word))
     for a in range(bits.shape[0]):
         for b in range(a, bits.shape[0]):
             pairs[a, b] = pairs[b, a] = _shared(bits[a], bits[b])

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
 from .floats import decode, item_bytes
-from .vectors import SUM_LANES, above, at_least, gram, inward, lowest, population, split_sums
+from .vectors import SUM_LANES, above, at_least, gram, inward, lowest, population, split_sums, union
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
 
@@ -326,7 +326,7 @@ def resolve(look: Look, low: Bits, high: Bits, limits: Bits, ties: Counts, found
                 stored = found.values[u, look.member + v]
                 values[v, gathered] = stored - found.values[u, 0] if look.delta else stored
             # What some core has is overwritten by the next. (Not a branch, as it could not be foreseen.)
-            claimed = _union(found.bits, place // WORD) >> np.uint64(place % WORD) & np.uint64(1)
+            claimed = union(found.bits, place // WORD) >> np.uint64(place % WORD) & np.uint64(1)
             gathered += np.int64(np.uint64(1) - claimed)
     gram(members, room.keep, 0, gathered, found.gram[row])
 
@@ -359,12 +359,3 @@ def _add_up(word: Any, sizes: Floats, total: np.float64) -> Any:
         total += np.float64(sizes[lowest(word)])
         word &= word - np.uint64(1)
     return total
-
-
-@compiled
-def _union(bits: Words, word: int) -> Any:
-    """A word of all cores together."""
-    union = np.uint64(0)
-    for t in range(bits.shape[0]):
-        union |= bits[t, word]
-    return union

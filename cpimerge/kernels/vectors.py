@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils
 
-from .arrays import WORD, Bits, Doubles, compiled
+from .arrays import WORD, Bits, Doubles, Words, compiled
 
 intrinsic: Any = extending.intrinsic  # what it makes has other parameters than it is made from
 
@@ -201,6 +201,15 @@ def lowest(typing, word):  # type: ignore[no-untyped-def]
 def population(typing, word):  # type: ignore[no-untyped-def]
     """How many bits of a word are set."""
     return numba.types.int64(numba.types.uint64), lambda _context, builder, _signature, args: builder.ctpop(args[0])
+
+
+@compiled
+def union(bits: Words, word: int) -> Any:
+    """A word of all rows of `bits` uint64 [T, W] together."""
+    together = np.uint64(0)
+    for t in range(bits.shape[0]):
+        together |= bits[t, word]
+    return together
 
 
 @compiled
