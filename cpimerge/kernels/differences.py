@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import TILE, Bits, Counts, Doubles, Stored, compiled
+from .arrays import TILE, Bits, Counts, Doubles, Floats, Stored, compiled
 from .floats import decode, item_bytes
-from .scanning import ALL, INFINITE, Look, Scratch, half_units, look_at
+from .scanning import ALL, INFINITE, Look, Scratch, half_units
 from .vectors import gram
 
 
@@ -36,15 +36,39 @@ def compare(raw: Stored, kinds: Counts, look: Look, found: Difference, room: Scr
             start = look.begin + width * begin
             decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
         half_units(room.values[0, :count], look, room.half)
-        room.keep[:] = ALL
         known = found.peak[0]
-        look_at(room.values[1, :count].view(np.float32), room, INFINITE, look.near, found.counts, found.peak)
+        _look_at(room.values[1, :count].view(np.float32), room, look.near, found.counts, found.peak)
         if found.peak[0] >= INFINITE:
             found.peak[0] = max(known, _leave_out(room, count, found.counts))
         if found.peak[0] > known:
             found.place[0] = begin + _first(room.magnitude[:count], found.peak[0])
         gram(room.values, room.keep, 0, count, found.sums[:3])
         gram(changes, room.keep, 0, count, found.sums[3:])
+
+
+@compiled
+def _look_at(values: Floats, room: Scratch, near: np.uint32, counts: Counts, peak: Bits) -> None:
+    """The magnitudes of the other's `values` [n], which of them are finite, and what can be counted of them.
+
+    `room` holds the base's values and half units. Sets its magnitudes and `keep`, adds to `counts`, raises `peak` [1].
+    """
+    base, half = room.values[0, : values.size].view(np.float32), room.half[: values.size]
+    magnitude, keep = room.magnitude[: values.size], room.keep[: values.size]
+    changed = nearly = rounding = np.uint32(0)
+    most = peak[0]
+    for i in range(values.size):
+        m = np.float32(abs(values[i] - base[i])).view(np.uint32)
+        magnitude[i] = m
+        keep[i] = ALL if m < INFINITE else np.uint32(0)
+        most = max(most, m)
+        # uint32 again after each sum, or half as many fit into a register
+        changed = np.uint32(changed + np.uint32(m != 0))
+        nearly = np.uint32(nearly + np.uint32(m <= near))
+        rounding = np.uint32(rounding + np.uint32(m <= half[i]))
+    counts[0] += changed
+    counts[1] += nearly
+    counts[2] += rounding
+    peak[0] = most
 
 
 @compiled

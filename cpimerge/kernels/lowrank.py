@@ -5,8 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .arrays import Doubles, Floats, compiled
-from .vectors import intrinsic
+from .arrays import Doubles, Floats, compiled, intrinsic
 
 UNROLL = 4  # ranks that are added at a time; factors are padded with zeros to a multiple
 WIDTH = 1024  # columns that are worked on together, so that their part of the right factor stays in the cache

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, compiled
+from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, aligned, borrowed, compiled
 from .floats import decode, item_bytes
-from .vectors import SUM_LANES, above, at_least, gram, inward, lowest, population, split_sums, union
+from .sifting import clear_where, sift
+from .vectors import above, at_least, gram, inward, lowest, union
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
 
@@ -54,12 +55,14 @@ class Scratch(NamedTuple):
     half: Bits  # [TILE]
     keep: Bits  # [TILE]
     open: Words  # [TILE // WORD]
+    reached: Words  # [TILE // WORD]
 
 
 def scratch(checkpoints: int) -> Scratch:
     """Room for tiles of so many checkpoints."""
-    magnitude, half, keep = (np.empty(TILE, np.uint32) for _ in range(3))
-    return Scratch(np.empty((checkpoints, TILE), np.uint32), magnitude, half, keep, np.empty(TILE // WORD, np.uint64))
+    magnitude, half, keep = (aligned(TILE, np.uint32) for _ in range(3))
+    opened, reached = (aligned(TILE // WORD, np.uint64) for _ in range(2))
+    return Scratch(aligned((checkpoints, TILE), np.uint32), magnitude, half, keep, opened, reached)
 
 
 @compiled
@@ -71,32 +74,36 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
     Adds to `found`, but sets its open elements, and raises its peaks. Returns how many elements are open for some
     task; those that do not fit into `found.places` are only counted.
     """
+    raw, kinds, low, high, found, room = borrowed((raw, kinds, low, high, found, room))
     opened = 0
     for begin in range(0, look.size, TILE):
         count = min(TILE, look.size - begin)
-        padded = -(-count // SUM_LANES) * SUM_LANES
+        padded = -(-count // WORD) * WORD
         for c in range(kinds.size):
             width = item_bytes(kinds[c])
             start = look.begin + width * begin
             decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
-        half_units(room.values[0, :count], look, room.half)
-        room.keep[:] = ALL
+            room.values[c, count:padded] = 0
+        base, half = room.values[0, :padded], room.half[:padded]
+        half_units(base, look, half)
         room.open[:] = 0
-        base = room.values[0].view(np.float32)
-        for c in range(1, kinds.size):
-            if c > look.tasks:  # a backbone that is no task
-                _differ(room.values[c].view(np.float32), base, room.magnitude.view(np.float32))
-                found.peaks[c - 1] = max(found.peaks[c - 1], _peak(room.magnitude[:count]))
-                continue
-            t = c - 1
-            task = room.values[c, :count].view(np.float32)
-            look_at(task, room, low[t], look.near, found.counts[t], found.peaks[t : t + 1])
-            room.magnitude[count:] = 0
-            split_sums(room.magnitude[:padded], low[t], high[t], found.sums[t])
-            inside = found.bits[t, begin // WORD :]
-            _sort_out(room.magnitude, low[t], high[t], inside, found.counts[t], room.open)
-            _note_inward(inside, room.values[c].view(np.float32), base, found.inward[t, begin // WORD :])
+        room.reached[:] = 0
+        first = begin // WORD
+        for t in range(look.tasks):
+            task, inside = room.values[t + 1, :padded], found.bits[t, first:]
+            limits = (low[t], high[t], look.near)
+            counts = found.counts[t]
+            sift(task, base, half, limits, inside, room.open, room.reached, counts, found.sums[t], found.peaks[t:])
+            counts[1] -= padded - count
+            counts[2] -= padded - count
+            _note_inward(inside, task.view(np.float32), base.view(np.float32), found.inward[t, first:])
+        if kinds.size > look.tasks + 1:  # a backbone that is no task
+            magnitude = room.magnitude[:padded]
+            other = room.values[look.tasks + 1, :padded].view(np.float32)
+            _differ(other, base.view(np.float32), magnitude.view(np.float32))
+            found.peaks[look.tasks] = max(found.peaks[look.tasks], _peak(magnitude))
         opened = _note_open(room.open, begin, room.values, found, opened)
+        clear_where(room.reached, room.keep)
         if look.delta:
             _subtract_base(room.values)
         _add_grams(room.values[look.member :], room.keep, begin, count, look.row, found.gram)
@@ -125,44 +132,6 @@ def _peak(magnitude: Bits) -> Any:
     for i in range(magnitude.size):
         most = max(most, magnitude[i])
     return most
-
-
-@compiled
-def look_at(values: Floats, room: Scratch, low: np.uint32, near: np.uint32, counts: Counts, peak: Bits) -> None:
-    """The magnitudes of a task's `values` [n], which of them are below `low`, and what can be counted of them.
-
-    `room` holds the base's values and half units. Sets its magnitudes, clears `keep` where one is not below `low`,
-    adds to `counts` and raises `peak` [1].
-    """
-    base, half = room.values[0, : values.size].view(np.float32), room.half[: values.size]
-    magnitude, keep = room.magnitude[: values.size], room.keep[: values.size]
-    changed = nearly = rounding = np.uint32(0)
-    most = peak[0]
-    for i in range(values.size):
-        m = np.float32(abs(values[i] - base[i])).view(np.uint32)
-        magnitude[i] = m
-        keep[i] = keep[i] if m < low else np.uint32(0)
-        most = max(most, m)
-        # uint32 again after each sum, or half as many fit into a register
-        changed = np.uint32(changed + np.uint32(m != 0))
-        nearly = np.uint32(nearly + np.uint32(m <= near))
-        rounding = np.uint32(rounding + np.uint32(m <= half[i]))
-    counts[0] += changed
-    counts[1] += nearly
-    counts[2] += rounding
-    peak[0] = most
-
-
-@compiled
-def _sort_out(magnitude: Bits, low: np.uint32, high: np.uint32, bits: Words, counts: Counts, opened: Words) -> None:
-    """The words of a tile: in the core, and open for some task; padding is 0, hence neither."""
-    for word in range(min(opened.size, bits.size)):
-        inside = above(magnitude, word * WORD, high)
-        between = at_least(magnitude, word * WORD, low) & ~inside
-        bits[word] = inside
-        opened[word] |= between
-        counts[3] += population(inside)
-        counts[4] += population(between)
 
 
 @compiled
@@ -297,6 +266,7 @@ def resolve(look: Look, low: Bits, high: Bits, limits: Bits, ties: Counts, found
     An open element is in a task's core if its magnitude is above `limits` uint32 [T], or equal to it and one of the
     first `ties` [T], which are counted down. Completes the bits, sums and Gram matrices of `found`.
     """
+    low, high, limits, ties, found, room = borrowed((low, high, limits, ties, found, room))
     members, values = room.values[look.member :], room.values[look.member :].view(np.float32)
     sizes = room.magnitude.view(np.float32)
     room.keep[:] = ALL

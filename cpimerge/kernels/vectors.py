@@ -11,57 +11,11 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import extending
-from numba.core import cgutils
 
-from .arrays import WORD, Bits, Doubles, Words, compiled
-
-intrinsic: Any = extending.intrinsic  # what it makes has other parameters than it is made from
+from .arrays import WORD, Bits, Doubles, Words, compiled, intrinsic
+from .registers import INDEX, SHORT, add_to, folded, load, loop, pointer, splat, variable
 
 LANES = 8  # independent partial sums of a dot product
-SUM_LANES = 32  # and of a sum
-
-
-_INDEX = ir.IntType(64)
-_SHORT = ir.IntType(32)
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    return context.make_array(kind)(context, builder, array).data
-
-
-def _load(builder: Any, pointer: Any, offset: Any, vector: ir.VectorType) -> Any:
-    """`vector` elements at `offset`, which need not be aligned to more than an element."""
-    loaded = builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()))
-    loaded.align = 4
-    return loaded
-
-
-def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_SHORT, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_SHORT, vector.count), [0] * vector.count))
-
-
-def _sum_of(builder: Any, vector: ir.VectorType) -> Any:
-    """Where a sum of vectors is kept, 0 at first."""
-    nothing = ir.Constant(vector, [0.0] * vector.count)
-    return cgutils.alloca_once_value(builder, nothing)  # type: ignore[no-untyped-call]
-
-
-def _tree_sum(builder: Any, lanes: Any) -> Any:
-    """The sum of a vector of float64: halves added until one is left."""
-    width = lanes.type.count
-    while width > 1:
-        width //= 2
-        low, high = (list(range(begin, begin + width)) for begin in (0, width))
-        parts = (ir.Constant(ir.VectorType(_SHORT, width), places) for places in (low, high))
-        lanes = builder.fadd(*(builder.shuffle_vector(lanes, lanes, part) for part in parts))
-    return builder.extract_element(lanes, ir.Constant(_SHORT, 0))
-
-
-def _add_to(builder: Any, pointer: Any, offset: Any, value: Any) -> None:
-    place = builder.gep(pointer, [offset])
-    builder.store(builder.fadd(builder.load(place), value), place)
 
 
 def _dots(rows: int, columns: int) -> Any:
@@ -78,19 +32,18 @@ def _dots(rows: int, columns: int) -> Any:
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
             array = context.make_array(signature.args[0])(context, builder, args[0])
             count, length = (builder.extract_value(array.shape, axis) for axis in (0, 1))
-            patterns, stored, wide = (ir.VectorType(kind, LANES) for kind in (_SHORT, ir.FloatType(), ir.DoubleType()))
-            keep = _pointer(context, builder, signature.args[1], args[1])
-            left = [builder.add(args[2], ir.Constant(_INDEX, a)) for a in range(rows)]
-            right = [builder.add(args[3], ir.Constant(_INDEX, b)) for b in range(columns)]
+            patterns, stored, wide = (ir.VectorType(kind, LANES) for kind in (SHORT, ir.FloatType(), ir.DoubleType()))
+            keep = pointer(context, builder, signature.args[1], args[1])
+            left = [builder.add(args[2], ir.Constant(INDEX, a)) for a in range(rows)]
+            right = [builder.add(args[3], ir.Constant(INDEX, b)) for b in range(columns)]
             pairs = [(a, b) for a in range(rows) for b in (range(columns) if columns else range(a, rows))]
-            sums = [_sum_of(builder, wide) for _ in pairs]
-            step = ir.Constant(_INDEX, LANES)
-            with cgutils.for_range_slice(builder, args[4], args[5], step, intp=_INDEX) as (place, _):
-                mask = _load(builder, keep, place, patterns)
+            sums = [variable(builder, wide) for _ in pairs]
+            with loop(builder, args[4], args[5], LANES) as (place, _):
+                mask = load(builder, keep, place, patterns)
 
                 def vector(row: Any) -> Any:
                     offset = builder.add(builder.mul(row, length), place)
-                    kept = builder.and_(_load(builder, array.data, offset, patterns), mask)
+                    kept = builder.and_(load(builder, array.data, offset, patterns), mask)
                     return builder.fpext(builder.bitcast(kept, stored), wide)
 
                 a_values = [vector(row) for row in left]
@@ -98,15 +51,14 @@ def _dots(rows: int, columns: int) -> Any:
                 for (a, b), total in zip(pairs, sums, strict=True):
                     product = builder.fmul(a_values[a], b_values[b], flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-            target = _pointer(context, builder, signature.args[6], args[6])
+            target = pointer(context, builder, signature.args[6], args[6])
             for (a, b), total in zip(pairs, sums, strict=True):
                 row, column = left[a], (right or left)[b]
                 # Pair (i, j) of V vectors is number i·(2V − i − 1)/2 + j.
-                twice = builder.sub(
-                    builder.shl(count, ir.Constant(_INDEX, 1)), builder.add(row, ir.Constant(_INDEX, 1))
-                )
-                before = builder.lshr(builder.mul(row, twice), ir.Constant(_INDEX, 1))
-                _add_to(builder, target, builder.add(before, column), _tree_sum(builder, builder.load(total)))
+                twice = builder.sub(builder.shl(count, ir.Constant(INDEX, 1)), builder.add(row, ir.Constant(INDEX, 1)))
+                before = builder.lshr(builder.mul(row, twice), ir.Constant(INDEX, 1))
+                value = folded(builder, builder.load(total), builder.fadd)
+                add_to(builder, builder.gep(target, [builder.add(before, column)]), value, builder.fadd)
             return context.get_dummy_value()
 
         return signature, generate
@@ -125,10 +77,10 @@ def _compares(operator: str) -> Any:
         signature = numba.types.uint64(magnitude, place, limit)
 
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            vector = ir.VectorType(_SHORT, WORD)
-            values = _load(builder, _pointer(context, builder, signature.args[0], args[0]), args[1], vector)
-            mask = builder.icmp_unsigned(operator, values, _splat(builder, args[2], vector))
-            return builder.bitcast(mask, _INDEX)
+            vector = ir.VectorType(SHORT, WORD)
+            values = load(builder, pointer(context, builder, signature.args[0], args[0]), args[1], vector)
+            mask = builder.icmp_unsigned(operator, values, splat(builder, args[2], vector))
+            return builder.bitcast(mask, INDEX)
 
         return signature, generate
 
@@ -150,41 +102,12 @@ def inward(typing, values, base, place):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         vector = ir.VectorType(ir.FloatType(), WORD)
         ours, theirs = (
-            _load(builder, _pointer(context, builder, kind, array), args[2], vector)
+            load(builder, pointer(context, builder, kind, array), args[2], vector)
             for kind, array in zip(signature.args[:2], args[:2], strict=True)
         )
         down = builder.fcmp_ordered("<", ours, theirs)
         negative = builder.fcmp_ordered("<", theirs, ir.Constant(vector, [0.0] * WORD))
-        return builder.bitcast(builder.xor(down, negative), _INDEX)
-
-    return signature, generate
-
-
-@intrinsic
-def split_sums(typing, magnitude, low, high, out):  # type: ignore[no-untyped-def]
-    """Adds to `out` float64 [2] the Σ of `magnitude` uint32 [n] above `high` and that below `low`; SUM_LANES | n."""
-    signature = numba.types.void(magnitude, low, high, out)
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        patterns, stored = ir.VectorType(_SHORT, SUM_LANES), ir.VectorType(ir.FloatType(), SUM_LANES)
-        wide, nothing = ir.VectorType(ir.DoubleType(), SUM_LANES), ir.Constant(stored, [0.0] * SUM_LANES)
-        limits = [(">", _splat(builder, args[2], patterns)), ("<", _splat(builder, args[1], patterns))]
-        sums = [_sum_of(builder, wide) for _ in limits]
-        zero, step = ir.Constant(_INDEX, 0), ir.Constant(_INDEX, SUM_LANES)
-        with cgutils.for_range_slice(builder, zero, builder.extract_value(array.shape, 0), step, intp=_INDEX) as (
-            place,
-            _,
-        ):
-            values = _load(builder, array.data, place, patterns)
-            for (operator, limit), total in zip(limits, sums, strict=True):
-                mask = builder.icmp_unsigned(operator, values, limit)
-                taken = builder.fpext(builder.select(mask, builder.bitcast(values, stored), nothing), wide)
-                builder.store(builder.fadd(builder.load(total), taken), total)
-        target = _pointer(context, builder, signature.args[3], args[3])
-        for number, total in enumerate(sums):
-            _add_to(builder, target, ir.Constant(_INDEX, number), _tree_sum(builder, builder.load(total)))
-        return context.get_dummy_value()
+        return builder.bitcast(builder.xor(down, negative), INDEX)
 
     return signature, generate
 

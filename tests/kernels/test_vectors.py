@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from order_of_sums import in_halves
 
 from cpimerge.kernels import vectors
 from cpimerge.kernels.arrays import WORD
-from cpimerge.kernels.vectors import LANES, SUM_LANES, gram
+from cpimerge.kernels.vectors import LANES, gram
 
 kernels: Any = vectors
 
@@ -23,21 +24,12 @@ lowest: Any = numba.njit(lambda word: kernels.lowest(word))
 inward: Any = numba.njit(lambda values, base, place: kernels.inward(values, base, place))
 above: Any = numba.njit(lambda magnitude, place, limit: kernels.above(magnitude, place, limit))
 at_least: Any = numba.njit(lambda magnitude, place, limit: kernels.at_least(magnitude, place, limit))
-split_sums: Any = numba.njit(lambda magnitude, low, high, out: kernels.split_sums(magnitude, low, high, out))
 
 SPANS = [(0, 0), (0, 1), (0, 7), (0, 8), (0, 9), (3, 3), (3, 10), (3, 11), (5, 64), (1, 98), (0, 100)]
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
-
-
-def folded(lanes: list[float]) -> float:
-    """Halves are added until one is left."""
-    while len(lanes) > 1:
-        half = len(lanes) // 2
-        lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
-    return lanes[0]
 
 
 def dot_in_order(a: np.ndarray, b: np.ndarray, before: float) -> float:
@@ -47,7 +39,7 @@ def dot_in_order(a: np.ndarray, b: np.ndarray, before: float) -> float:
     lanes = [0.0] * LANES
     for place, product in enumerate(products[:whole]):
         lanes[place % LANES] += product
-    total = before + folded(lanes) if whole else before
+    total = before + in_halves(lanes) if whole else before
     for product in products[whole:]:
         total += product
     return total
@@ -78,23 +70,6 @@ def test_gram_is_numpys() -> None:
     gram(values.view(np.uint32), np.full(10_007, 0xFFFFFFFF, np.uint32), 0, 10_007, out)
     wide = values.astype(np.float64)
     np.testing.assert_allclose(out, (wide @ wide.T)[np.triu_indices(6)], rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("size", [0, 32, 64, 320])
-@pytest.mark.parametrize(("low", "high"), [(0.5, 1.5), (0.0, 0.0), (9.0, 9.0), (1.0, 1.0)])
-def test_split_sums(size: int, low: float, high: float) -> None:
-    rng = np.random.default_rng(size)
-    values = np.abs(rng.normal(size=size)).astype(np.float32)
-    values[::5] = 1
-    values[::7] *= np.float32(1e12)
-    out = np.array([0.25, 3.5])
-    split_sums(values.view(np.uint32), np.float32(low).view(np.uint32), np.float32(high).view(np.uint32), out)
-    for found, before, taken in zip(out, (0.25, 3.5), (values > high, values < low), strict=True):
-        lanes = [0.0] * SUM_LANES
-        for place in range(size):
-            lanes[place % SUM_LANES] += float(values[place]) if taken[place] else 0.0
-        assert found == before + folded(lanes)
-        assert found == pytest.approx(math.fsum([before, *map(float, values[taken])]), rel=1e-14)
 
 
 @given(st.integers(0, 2**64 - 1))
