@@ -199,7 +199,7 @@ class Examination:
         for counts in equal:
             taken = np.minimum(counts, left)
             left -= taken
-            yield [replace(limit, ties=int(ties)) for limit, ties in zip(thresholds, taken, strict=True)]
+            yield [Threshold(limit.bits, ties) for limit, ties in zip(thresholds, taken.tolist(), strict=True)]
 
     def _count_equal(self, bits: Bits, some: Sequence[Scanned]) -> Counts:
         """Of each chunk the open elements whose magnitude is that of `bits` [T]: int64 [chunks, T]."""
