@@ -9,7 +9,7 @@ import numpy as np
 from .arrays import TILE, WORD, Bits, Counts, Doubles, Floats, Stored, Words, aligned, borrowed, compiled
 from .floats import decode, item_bytes
 from .sifting import clear_where, sift
-from .vectors import above, at_least, gram, inward, lowest, union
+from .vectors import above, at_least, gram, lowest, union
 
 INFINITE = np.uint32(0x7F800000)  # from here on, a magnitude is no number; also the mask of the exponent
 
@@ -90,13 +90,12 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
         room.reached[:] = 0
         first = begin // WORD
         for t in range(look.tasks):
-            task, inside = room.values[t + 1, :padded], found.bits[t, first:]
-            limits = (low[t], high[t], look.near)
-            counts = found.counts[t]
-            sift(task, base, half, limits, inside, room.open, room.reached, counts, found.sums[t], found.peaks[t:])
-            counts[1] -= padded - count
+            limits, counts = (low[t], high[t], look.near), found.counts[t]
+            inside, inward = found.bits[t, first:], found.inward[t, first:]
+            words = (inside, inward, room.open, room.reached)
+            sift(room.values[t + 1, :padded], base, half, limits, words, counts, found.sums[t], found.peaks[t:])
+            counts[1] -= padded - count  # padding is near, and in no core
             counts[2] -= padded - count
-            _note_inward(inside, task.view(np.float32), base.view(np.float32), found.inward[t, first:])
         if kinds.size > look.tasks + 1:  # a backbone that is no task
             magnitude = room.magnitude[:padded]
             other = room.values[look.tasks + 1, :padded].view(np.float32)
@@ -132,14 +131,6 @@ def _peak(magnitude: Bits) -> Any:
     for i in range(magnitude.size):
         most = max(most, magnitude[i])
     return most
-
-
-@compiled
-def _note_inward(inside: Words, values: Floats, base: Floats, out: Words) -> None:
-    """Of a tile's elements in the core, those that moved inward; in most words there is nothing to do."""
-    for word in range(min(values.size // WORD, inside.size)):
-        if inside[word]:
-            out[word] = inside[word] & inward(values, base, word * WORD)
 
 
 @compiled

@@ -92,27 +92,6 @@ at_least = _compares(">=")
 
 
 @intrinsic
-def inward(typing, values, base, place):  # type: ignore[no-untyped-def]
-    """The word of those elements [place, place + WORD) of `values` float32 that moved from `base` against its sign.
-
-    Those are less than a base of 0 or more (−0 is one), and not less than one below 0.
-    """
-    signature = numba.types.uint64(values, base, place)
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = ir.VectorType(ir.FloatType(), WORD)
-        ours, theirs = (
-            load(builder, pointer(context, builder, kind, array), args[2], vector)
-            for kind, array in zip(signature.args[:2], args[:2], strict=True)
-        )
-        down = builder.fcmp_ordered("<", ours, theirs)
-        negative = builder.fcmp_ordered("<", theirs, ir.Constant(vector, [0.0] * WORD))
-        return builder.bitcast(builder.xor(down, negative), INDEX)
-
-    return signature, generate
-
-
-@intrinsic
 def lowest(typing, word):  # type: ignore[no-untyped-def]
     """The number of the lowest bit set in a word that is not 0."""
     return numba.types.int64(numba.types.uint64), lambda _context, builder, _signature, args: builder.cttz(

@@ -22,8 +22,8 @@ SPECIAL = np.array([0, -0.0, 1e-45, -1e-45, 1e-5, 3e38, -3e38, math.inf, -math.i
 
 # The intrinsics can be called from compiled code only.
 sift: Any = numba.njit(
-    lambda values, base, half, limits, bits, opened, reached, counts, sums, peak: kernels.sift(
-        values, base, half, limits, bits, opened, reached, counts, sums, peak
+    lambda values, base, half, limits, words, counts, sums, peak: kernels.sift(
+        values, base, half, limits, words, counts, sums, peak
     )
 )
 clear_where: Any = numba.njit(lambda words, out: kernels.clear_where(words, out))
@@ -59,14 +59,15 @@ def test_sift(size: int, low: float, high: float) -> None:
     half = rng.random(size).astype(np.float32)
     half[::5] = 1
     words = size // WORD
-    bits, (opened, reached) = np.full(words, 7, np.uint64), rng.integers(0, 2**64, (2, words), np.uint64)
+    bits, inward, opened, reached = rng.integers(0, 2**64, (4, words), np.uint64)
     counts, sums, peak = np.arange(5), np.array([0.25, 3.5]), np.full(1, 5, np.uint32)
     before = opened.copy(), reached.copy()
     limits = np.float32(low).view(np.uint32), np.float32(high).view(np.uint32), NEAR
-    sift(patterns(values), patterns(base), patterns(half), limits, bits, opened, reached, counts, sums, peak)
+    sift(patterns(values), patterns(base), patterns(half), limits, (bits, inward, opened, reached), counts, sums, peak)
     m = np.abs(values - base)
     above, below = m > np.float32(high), m < np.float32(low)
     assert bits.tolist() == words_of(above).tolist()
+    assert inward.tolist() == words_of(above & ((values < base) != (base < 0))).tolist()
     assert opened.tolist() == (before[0] | words_of(~above & ~below)).tolist()
     assert reached.tolist() == (before[1] | words_of(~below)).tolist()
     groups = (m != 0, m <= np.float32(1e-5), m <= half, above, ~above & ~below)
@@ -88,17 +89,15 @@ def test_sift_compares_patterns(seed: int, low: int, high: int) -> None:
         np.uint32
     )
     values, base = np.where(m < 0x7F800000, m.view(np.float32), values), np.where(m < 0x7F800000, np.float32(0), base)
-    bits, opened, reached = np.zeros((3, 2), np.uint64)
+    words = tuple(np.zeros((4, 2), np.uint64))
     counts, peak = np.zeros(5, np.int64), np.zeros(1, np.uint32)
     half = rng.choice(m, m.size)
-    sift(
-        patterns(values), patterns(base), half, (np.uint32(low), np.uint32(high), NEAR),
-        bits, opened, reached, counts, np.zeros(2), peak,
-    )  # fmt: skip
+    limits = np.uint32(low), np.uint32(high), NEAR
+    sift(patterns(values), patterns(base), half, limits, words, counts, np.zeros(2), peak)
     above, from_low = m > high, m >= low
-    assert bits.tolist() == words_of(above).tolist()
-    assert opened.tolist() == words_of(from_low & ~above).tolist()
-    assert reached.tolist() == words_of(from_low).tolist()
+    inward = (values < base) != (base < 0)  # −0 is no less than 0
+    for found, wanted in zip(words, (above, above & inward, from_low & ~above, from_low), strict=True):
+        assert found.tolist() == words_of(wanted).tolist()
     assert counts.tolist() == [int(g.sum()) for g in (m != 0, m <= NEAR, m <= half, above, from_low & ~above)]
     assert peak[0] == m.max()
 

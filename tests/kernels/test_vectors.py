@@ -21,7 +21,6 @@ kernels: Any = vectors
 # The intrinsics can be called from compiled code only.
 population: Any = numba.njit(lambda word: kernels.population(word))
 lowest: Any = numba.njit(lambda word: kernels.lowest(word))
-inward: Any = numba.njit(lambda values, base, place: kernels.inward(values, base, place))
 above: Any = numba.njit(lambda magnitude, place, limit: kernels.above(magnitude, place, limit))
 at_least: Any = numba.njit(lambda magnitude, place, limit: kernels.at_least(magnitude, place, limit))
 
@@ -98,13 +97,3 @@ def test_comparisons_are_unsigned(limit: int, place: int, seed: int) -> None:
         (at_least(values, place, np.uint32(limit)), part >= limit),
     ):
         assert int(found) == sum(1 << i for i in np.flatnonzero(wanted).tolist())
-
-
-@given(st.integers(0, 70), st.integers(0, 2**32 - 1))
-def test_inward_is_against_the_sign_of_the_base(place: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    some = np.array([-np.inf, -1.5, -0.0, 0.0, 1e-45, 1.5, np.inf, np.nan], np.float32)
-    values, base = (rng.choice(some, 2 * WORD + 7) for _ in range(2))
-    part = base[place : place + WORD]
-    wanted = (values[place : place + WORD] < part) != (part < 0)  # −0 is no less than 0
-    assert int(inward(values, base, place)) == sum(1 << i for i in np.flatnonzero(wanted).tolist())
