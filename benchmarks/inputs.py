@@ -37,11 +37,11 @@ def llama(hidden: int, layers: int, intermediate: int, vocabulary: int) -> Shape
     return shapes | {"model.norm.weight": (hidden,)}
 
 
-def mixture(experts: int, rows: int) -> Shapes:
-    """The matrices of a mixture-of-experts model: 25 layers of `experts`, three each. Experts × rows fix the bytes."""
+def mixture(layers: int, experts: int, rows: int, columns: int) -> Shapes:
+    """The matrices of a mixture-of-experts model: three for each expert of a layer."""
     return {
-        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": (rows, 432)
-        for layer in range(25)
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": (rows, columns)
+        for layer in range(layers)
         for expert in range(experts)
         for part in ("gate", "up", "down")
     }
@@ -53,8 +53,10 @@ MODELS: dict[str, Shapes] = {
     "usual": llama(1024, 16, 4096, 32_000),  # 0.55 GB
     "half": llama(896, 24, 4864, 151_936),  # 0.5 B parameters, 1 GB
     "large": llama(4096, 16, 14_336, 128_000),  # 8 GB
-    "few": mixture(4, 67 * 32),  # 0.55 GB in 300 tensors
-    "many": mixture(4 * 67, 32),  # the same bytes in 20,100
+    "few": mixture(25, 4, 67 * 32, 432),  # 0.55 GB in 300 tensors
+    "many": mixture(25, 4 * 67, 32, 432),  # the same bytes in 20,100
+    "blocks": mixture(2, 1, 48_000, 2048),  # 1.2 GB in 6 tensors
+    "experts": mixture(25, 5, 768, 2048),  # the same bytes in 375, each as large as those of Qwen3-30B-A3B's experts
     "giant": {"model.embed_tokens.weight": (1 << 19, 1024)},  # one tensor of 1 GiB
 }
 

@@ -64,6 +64,11 @@ def small(bench: Bench) -> str:
     return _growth(bench, {"300 tensors": bench.checkpoints("few"), "20,100 tensors": bench.checkpoints("many")})
 
 
+def mixture(bench: Bench) -> str:
+    """The same bytes in large tensors and in such as the experts of a real mixture have."""
+    return _growth(bench, {"6 tensors": bench.checkpoints("blocks"), "375 tensors": bench.checkpoints("experts")})
+
+
 def _growth(bench: Bench, cases: Mapping[str, Sequence[Path]]) -> str:
     """Seconds for each GB that is read, without start-up, relative to the first case."""
     startup = bench.startup()
