@@ -56,7 +56,7 @@ MODELS: dict[str, Shapes] = {
     "few": mixture(25, 4, 67 * 32, 432),  # 0.55 GB in 300 tensors
     "many": mixture(25, 4 * 67, 32, 432),  # the same bytes in 20,100
     "blocks": mixture(2, 1, 48_000, 2048),  # 1.2 GB in 6 tensors
-    "experts": mixture(25, 5, 768, 2048),  # the same bytes in 375, each as large as those of Qwen3-30B-A3B's experts
+    "matrices": mixture(25, 5, 768, 2048),  # the same bytes in 375, each as large as those of Qwen3-30B-A3B's experts
     "giant": {"model.embed_tokens.weight": (1 << 19, 1024)},  # one tensor of 1 GiB
 }
 

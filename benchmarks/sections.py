@@ -66,7 +66,7 @@ def small(bench: Bench) -> str:
 
 def mixture(bench: Bench) -> str:
     """The same bytes in large tensors and in such as the experts of a real mixture have."""
-    return _growth(bench, {"6 tensors": bench.checkpoints("blocks"), "375 tensors": bench.checkpoints("experts")})
+    return _growth(bench, {"6 tensors": bench.checkpoints("blocks"), "375 tensors": bench.checkpoints("matrices")})
 
 
 def _growth(bench: Bench, cases: Mapping[str, Sequence[Path]]) -> str:

@@ -7,9 +7,11 @@ products may be fused multiply-adds: the product of two float32 is exact in floa
 Shapes: n elements of a chunk, C checkpoints, T tasks, V vectors, R rows, P = V·(V+1)/2 pairs (i ≤ j) in row-major
 order, W = ⌈n/64⌉ words of 64 elements, U open elements.
 
-    arrays      types that the kernels share, and how they are compiled
+    arrays      types that the kernels share, where they lie, and how kernels are compiled
     reading     many pieces of files in one go
-    vectors     loops over explicit vector registers: dot products, sums, comparisons
+    registers   what loops over explicit vector registers are written with
+    vectors     dot products and comparisons, written so
+    sifting     one pass over a task's part of a tile, written so: magnitudes sorted, counted and added up
     floats      stored bits ↔ float32
     scanning    the read of `plan`: everything that one look at a chunk can settle, and what was left open
     differences the read of `inspect`: how two checkpoints differ

@@ -55,8 +55,8 @@ def compiled(function: Kernel) -> Kernel:
 def borrowed(typing, value):  # type: ignore[no-untyped-def]
     """Arrays, in tuples or not, whose owner stays longer than they are used: slicing them counts no references.
 
-    Counting is atomic, so in a loop over tiles it takes longer than what slices are for. Only for a kernel's arguments:
-    an array that is made in it may end with its last use by name.
+    Counting is atomic, so in a loop over tiles it takes longer than what slices are for. Only for a kernel's arguments,
+    and not to be returned: an array that is made in it may end with its last use by name.
     """
 
     def lend(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -66,6 +66,7 @@ def borrowed(typing, value):  # type: ignore[no-untyped-def]
             lent = [lend(context, builder, of, one) for of, one in zip(kind, every, strict=True)]
             return context.make_tuple(builder, kind, lent)
         if not isinstance(kind, types.Array):
+            context.nrt.incref(builder, kind, value)  # what else is counted stays so
             return value
         array = context.make_array(kind)(context, builder, value)
         array.meminfo = ir.Constant(array.meminfo.type, None)

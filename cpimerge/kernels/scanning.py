@@ -70,43 +70,52 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
     """One look at a chunk, when of each core only a bracket of its smallest magnitude is known.
 
     `raw` uint8 [C, ≥ begin + 4n] holds the chunk's bytes from every checkpoint, of `kinds` [C]. A magnitude above
-    `high` uint32 [T] is in the task's core, one below `low` (which is 1 or more) is not, and between them it is open.
-    Adds to `found`, but sets its open elements, and raises its peaks. Returns how many elements are open for some
-    task; those that do not fit into `found.places` are only counted.
+    `high` uint32 [T] is in the task's core, one below `low` (which is 1 or more) is not, and between them it is open;
+    both are below 2³¹, as magnitudes are. Adds to `found`, but sets its bits and open elements, and raises its peaks.
+    Returns how many elements are open for some task; those that do not fit into `found.places` are only counted.
     """
     raw, kinds, low, high, found, room = borrowed((raw, kinds, low, high, found, room))
     opened = 0
     for begin in range(0, look.size, TILE):
         count = min(TILE, look.size - begin)
-        padded = -(-count // WORD) * WORD
-        for c in range(kinds.size):
-            width = item_bytes(kinds[c])
-            start = look.begin + width * begin
-            decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
-            room.values[c, count:padded] = 0
-        base, half = room.values[0, :padded], room.half[:padded]
-        half_units(base, look, half)
-        room.open[:] = 0
-        room.reached[:] = 0
-        first = begin // WORD
-        for t in range(look.tasks):
-            limits, counts = (low[t], high[t], look.near), found.counts[t]
-            inside, inward = found.bits[t, first:], found.inward[t, first:]
-            words = (inside, inward, room.open, room.reached)
-            sift(room.values[t + 1, :padded], base, half, limits, words, counts, found.sums[t], found.peaks[t:])
-            counts[1] -= padded - count  # padding is near, and in no core
-            counts[2] -= padded - count
+        _decode_tile(raw, kinds, look, begin, count, room)
+        half_units(room.values[0], look, room.half)
+        _sift_tasks(look, begin, low, high, found, room)
         if kinds.size > look.tasks + 1:  # a backbone that is no task
-            magnitude = room.magnitude[:padded]
-            other = room.values[look.tasks + 1, :padded].view(np.float32)
-            _differ(other, base.view(np.float32), magnitude.view(np.float32))
-            found.peaks[look.tasks] = max(found.peaks[look.tasks], _peak(magnitude))
+            _differ(room.values[look.tasks + 1], room.values[0], room.magnitude)
+            found.peaks[look.tasks] = max(found.peaks[look.tasks], _peak(room.magnitude[:count]))
         opened = _note_open(room.open, begin, room.values, found, opened)
         clear_where(room.reached, room.keep)
         if look.delta:
             _subtract_base(room.values)
         _add_grams(room.values[look.member :], room.keep, begin, count, look.row, found.gram)
     return opened
+
+
+@compiled
+def _decode_tile(raw: Stored, kinds: Counts, look: Look, begin: int, count: int, room: Scratch) -> None:
+    """The values of elements [begin, begin + count) of a chunk, and 0 behind them."""
+    for c in range(kinds.size):
+        width = item_bytes(kinds[c])
+        start = look.begin + width * begin
+        decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
+        room.values[c, count:] = 0
+
+
+@compiled
+def _sift_tasks(look: Look, begin: int, low: Bits, high: Bits, found: Found, room: Scratch) -> None:
+    """What every task did to the elements of a tile, which begins there in the chunk."""
+    count = min(TILE, look.size - begin)
+    padded = -(-count // WORD) * WORD
+    base, half, word = room.values[0, :padded], room.half[:padded], begin // WORD
+    room.open[:] = 0
+    room.reached[:] = 0
+    for t in range(look.tasks):
+        limits, counts = (low[t], high[t], look.near), found.counts[t]
+        words = (found.bits[t, word:], found.inward[t, word:], room.open, room.reached)
+        sift(room.values[t + 1, :padded], base, half, limits, words, counts, found.sums[t], found.peaks[t:])
+        counts[1] -= padded - count  # padding has not moved
+        counts[2] -= padded - count
 
 
 @compiled
@@ -120,9 +129,11 @@ def half_units(base: Bits, look: Look, out: Bits) -> None:
 
 
 @compiled
-def _differ(a: Floats, b: Floats, out: Floats) -> None:
+def _differ(a: Bits, b: Bits, out: Bits) -> None:
+    """|a − b| of bit patterns of float32 [n]."""
+    ours, theirs, sizes = a.view(np.float32), b.view(np.float32), out.view(np.float32)
     for i in range(a.size):
-        out[i] = abs(a[i] - b[i])
+        sizes[i] = abs(ours[i] - theirs[i])
 
 
 @compiled
@@ -190,7 +201,7 @@ def magnitudes(raw: Stored, kinds: Counts, starts: Counts, run: int, out: Bits, 
             decode(raw[c, place : place + width * run], kinds[c], base if c == 0 else task)
             if c > 0:
                 found = out[c - 1, number * run : (number + 1) * run]
-                _differ(task.view(np.float32), base.view(np.float32), found.view(np.float32))
+                _differ(task, base, found)
 
 
 @compiled

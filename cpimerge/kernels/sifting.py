@@ -8,7 +8,7 @@ import numba
 from llvmlite import ir
 
 from .arrays import WORD, intrinsic
-from .registers import INDEX, SHORT, add_all, add_to, folded, load, loop, pointer, splat, variable
+from .registers import INDEX, SHORT, add_all, add_to, folded, load, loop, pointer, splat, store, variable
 
 SUM_LANES = 32  # independent partial sums; a constant, because it enters them
 PATTERNS, STORED, WIDE = (ir.VectorType(kind, SUM_LANES) for kind in (SHORT, ir.FloatType(), ir.DoubleType()))
@@ -23,11 +23,11 @@ def sift(typing, values, base, half, limits, words, counts, sums, peak):  # type
 
     `values`, `base` and `half` uint32 [n], n a multiple of WORD, are bit patterns of float32: a task's values, those of
     the base, half a unit in the last place of these. `limits` are three more without a sign: low, high, near.
-    `words` are four uint64 [n / WORD]. The first two are set to the elements above `high`, and those of them that moved
-    inward, which are less than a base of 0 or more (−0 is one) or not less than one below 0; to the other two are added
+    `words` are four uint64 [≥ n / WORD]. The first two are set to the elements above `high`, and those of them that
+    moved inward, which are less than a base of 0 or more (−0 is one) or not less than one below 0; to the other two are added
     the open elements, from `low` to `high`, and those from `low` on.
     Adds to `counts` int64 [5] how many are not 0, ≤ near, ≤ half, above `high`, and open; to `sums` float64 [2] the Σ
-    of those above `high` and of those below `low`. Raises `peak` uint32 [1] to the largest.
+    of those above `high` and of those below `low`. Raises `peak` uint32 [≥ 1] to the largest.
     """
     signature = numba.types.void(values, base, half, limits, words, counts, sums, peak)
 
@@ -41,7 +41,7 @@ def sift(typing, values, base, half, limits, words, counts, sums, peak):  # type
         tile = _Tile(builder, [builder.extract_value(args[3], number) for number in range(len(limits))])
         size = builder.extract_value(context.make_array(values)(context, builder, args[0]).shape, 0)
         with loop(builder, ir.Constant(INDEX, 0), size, WORD) as (place, _):
-            inside, inwards, between, beyond = tile.look(sources, place)
+            inside, inwards, between, beyond = tile.look_at_word(sources, place)
             number = [builder.udiv(place, ir.Constant(INDEX, WORD))]
             builder.store(inside, builder.gep(bits, number))
             builder.store(inwards, builder.gep(inward, number))
@@ -59,7 +59,8 @@ def sift(typing, values, base, half, limits, words, counts, sums, peak):  # type
 class _Tile:
     """Writes what is done with the elements of a tile, and keeps where in registers its results are.
 
-    Comparisons are signed, which is right as no magnitude has a sign: not every processor has others for vectors.
+    Comparisons are signed, which is right as no magnitude and no limit has a sign: not every processor has others for
+    vectors.
     """
 
     def __init__(self, builder: Any, limits: list[Any]) -> None:
@@ -70,13 +71,13 @@ class _Tile:
         self.totals = [variable(builder, WIDE) for _ in range(2)]
         self.most = variable(builder, PATTERNS)
 
-    def look(self, sources: list[Any], place: Any) -> tuple[Any, Any, Any, Any]:
+    def look_at_word(self, sources: list[Any], place: Any) -> tuple[Any, Any, Any, Any]:
         """The words of WORD elements from `place` on: above `high`, of these moved inward, open, from `low` on."""
         build = self.builder
         words = [ir.Constant(INDEX, 0)] * 3
         for first in range(0, WORD, SUM_LANES):
             shift = ir.Constant(INDEX, first)
-            masks = self._look([load(build, source, build.add(place, shift), PATTERNS) for source in sources])
+            masks = self._look_at_lanes([load(build, source, build.add(place, shift), PATTERNS) for source in sources])
             parts = [build.zext(build.bitcast(mask, ir.IntType(SUM_LANES)), INDEX) for mask in masks]
             words = [build.or_(word, build.shl(part, shift)) for word, part in zip(words, parts, strict=True)]
         inside, below, inwards = words
@@ -86,7 +87,7 @@ class _Tile:
             add_to(build, total, build.ctpop(word), build.add)
         return inside, build.and_(inside, inwards), between, reached
 
-    def _look(self, elements: list[Any]) -> tuple[Any, Any, Any]:
+    def _look_at_lanes(self, elements: list[Any]) -> tuple[Any, Any, Any]:
         """Which of SUM_LANES elements are above `high`, which below `low`, and which moved inward."""
         build, half = self.builder, elements[2]
         values, base = (build.bitcast(patterns, STORED) for patterns in elements[:2])
@@ -132,8 +133,7 @@ def clear_where(typing, words, out):  # type: ignore[no-untyped-def]
         with loop(builder, ir.Constant(INDEX, 0), size, WORD) as (place, _):
             word = builder.load(builder.gep(source, [builder.udiv(place, ir.Constant(INDEX, WORD))]))
             kept = builder.sext(builder.bitcast(builder.not_(word), mask), vector)
-            stored = builder.store(kept, builder.bitcast(builder.gep(target, [place]), vector.as_pointer()))
-            stored.align = 4
+            store(builder, kept, target, place)
         return context.get_dummy_value()
 
     return signature, generate

@@ -7,12 +7,14 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import pytest
+from llvmlite import ir
 from numba.core import caching
 
 from cpimerge.kernels import arrays
-from cpimerge.kernels.arrays import LINE, aligned, compiled
+from cpimerge.kernels.arrays import LINE, aligned, compiled, intrinsic
 
 kernels: Any = arrays
 
@@ -56,12 +58,37 @@ class Room(NamedTuple):
     left: tuple[np.ndarray, float]
 
 
-@compiled
-def borrow(array: np.ndarray, room: Room) -> Any:
+def borrowing(array: np.ndarray, room: Room) -> Any:
     array, room = kernels.borrowed((array, room))
     array[1:][0] = 5
     room.rows[1, 2:] = array[0]
     return room.rows[:, 1:].sum() + room.size + room.left[0][0] + room.left[1], array.shape, room.rows.strides
+
+
+@intrinsic
+def is_counted(typing, array):  # type: ignore[no-untyped-def]
+    """Whether somebody counts the references of an array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        owner = context.make_array(array)(context, builder, args[0]).meminfo
+        return builder.icmp_unsigned("!=", owner, ir.Constant(owner.type, None))
+
+    return numba.types.boolean(array), generate
+
+
+def counting(array: np.ndarray, room: Room) -> Any:
+    lent, in_room = kernels.borrowed((array, room))
+    before = is_counted(array), is_counted(room.rows), is_counted(room.left[0])
+    return before, (is_counted(lent), is_counted(lent[1:]), is_counted(in_room.rows), is_counted(in_room.left[0]))
+
+
+borrow: Any = numba.njit(borrowing)
+counted: Any = numba.njit(counting)
+
+
+def test_borrowed_arrays_are_not_counted() -> None:
+    room = Room(np.zeros((2, 3)), 7, (np.array([0.25]), 0.125))
+    assert counted(np.zeros(2), room) == ((True, True, True), (False, False, False, False))
 
 
 def test_borrowed_arrays_are_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Dot products and sums: right, and in the order that makes them the same on every machine."""
+"""Dot products: right, and in the order that makes them the same on every machine."""
 
 from __future__ import annotations
 
