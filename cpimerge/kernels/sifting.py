@@ -24,8 +24,8 @@ def sift(typing, values, base, half, limits, words, counts, sums, peak):  # type
     `values`, `base` and `half` uint32 [n], n a multiple of WORD, are bit patterns of float32: a task's values, those of
     the base, half a unit in the last place of these. `limits` are three more without a sign: low, high, near.
     `words` are four uint64 [≥ n / WORD]. The first two are set to the elements above `high`, and those of them that
-    moved inward, which are less than a base of 0 or more (−0 is one) or not less than one below 0; to the other two are added
-    the open elements, from `low` to `high`, and those from `low` on.
+    moved inward, which are less than a base of 0 or more (−0 is one) or not less than one below 0; to the other two are
+    added the open elements, from `low` to `high`, and those from `low` on.
     Adds to `counts` int64 [5] how many are not 0, ≤ near, ≤ half, above `high`, and open; to `sums` float64 [2] the Σ
     of those above `high` and of those below `low`. Raises `peak` uint32 [≥ 1] to the largest.
     """
