@@ -45,7 +45,7 @@ SECTIONS = {
     "sizes": Section(sections.sizes, 3, 2, "seconds for each GB at 0.1 and 0.55 GB a checkpoint"),
     "small": Section(sections.small, 3, 3, "the same bytes in 300 and in 20,100 tensors"),
     "mixture": Section(
-        sections.mixture, 3, 6, "the same bytes in 6 tensors and in 375, as large as experts of a mixture"
+        sections.mixture, 3, 3, "the same bytes in 6 tensors and in 375, as large as experts of a mixture"
     ),
     "cold": Section(sections.cold, 3, 3, "plan and fuse of files that are not in the page cache (Linux)"),
     "large": Section(sections.large, 1, 15, "the same of three checkpoints of 8 GB; 35 GB of disk (Linux)"),
