@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import TILE, Bits, Counts, Doubles, Floats, Stored, compiled
-from .floats import decode, item_bytes
-from .scanning import ALL, INFINITE, Look, Scratch, half_units
+from .scanning import ALL, INFINITE, Look, Scratch, decode_tile, half_units
 from .vectors import gram
 
 
@@ -31,10 +30,7 @@ def compare(raw: Stored, kinds: Counts, look: Look, found: Difference, room: Scr
     changes = room.magnitude.reshape((1, TILE))
     for begin in range(0, look.size, TILE):
         count = min(TILE, look.size - begin)
-        for c in range(2):
-            width = item_bytes(kinds[c])
-            start = look.begin + width * begin
-            decode(raw[c, start : start + width * count], kinds[c], room.values[c, :count])
+        decode_tile(raw, kinds, look, begin, count, room)
         half_units(room.values[0, :count], look, room.half)
         known = found.peak[0]
         _look_at(room.values[1, :count].view(np.float32), room, look.near, found.counts, found.peak)

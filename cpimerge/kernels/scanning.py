@@ -78,7 +78,7 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
     opened = 0
     for begin in range(0, look.size, TILE):
         count = min(TILE, look.size - begin)
-        _decode_tile(raw, kinds, look, begin, count, room)
+        decode_tile(raw, kinds, look, begin, count, room)
         half_units(room.values[0], look, room.half)
         _sift_tasks(look, begin, low, high, found, room)
         if kinds.size > look.tasks + 1:  # a backbone that is no task
@@ -93,7 +93,7 @@ def scan(raw: Stored, kinds: Counts, look: Look, low: Bits, high: Bits, found: F
 
 
 @compiled
-def _decode_tile(raw: Stored, kinds: Counts, look: Look, begin: int, count: int, room: Scratch) -> None:
+def decode_tile(raw: Stored, kinds: Counts, look: Look, begin: int, count: int, room: Scratch) -> None:
     """The values of elements [begin, begin + count) of a chunk, and 0 behind them."""
     for c in range(kinds.size):
         width = item_bytes(kinds[c])
