@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ DENSITY = 0.01
 USUAL = {"density": str(DENSITY), "tau": "0.1", "space": "weights"}  # the paper's fusion, within each tensor
 LEVELLED = {"tau": "auto", "space": "delta"}  # with these, cpimerge's defaults
 SAMPLE_SECONDS = 0.02
+HOLD = "import sys; held = bytearray(b'1') * int(sys.argv[1]); print(flush=True); sys.stdin.read()"
 
 
 def nothing() -> None:
@@ -127,6 +129,23 @@ def drop_cache(files: Sequence[Path]) -> None:
         handle = os.open(file, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
+
+
+@contextmanager
+def scarce_memory(left: int) -> Iterator[None]:
+    """Another process holds all memory but `left` bytes, which the page cache must do with. Linux only.
+
+    A virtual machine may have given its free memory back to its host, and to get it again can take longer than to
+    read from a disk. Files that are read into memory in use take what reading takes.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    held = max(0, 1024 * int(fields["MemAvailable"].split()[0]) - left)
+    command = [sys.executable, "-c", HOLD, str(held)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit(f"{held} bytes of memory could not be held")
+        yield
 
 
 def peak_anonymous(command: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from contenders import LEVELLED, Merge, drop_cache, in_turn, merge, peak_anonymous
+from contenders import LEVELLED, Merge, drop_cache, in_turn, merge, peak_anonymous, scarce_memory
 from floor import Bench, copying, reading, total, weights
 from tables import gigabytes, megabytes, seconds, table, times
 
@@ -20,6 +20,7 @@ SETTINGS = {
 }
 SHARED_BYTES, THREAD_BYTES = 400_000_000, 64_000_000  # the budget that cpimerge promises by default
 TIGHT_BYTES = 450_000_000
+SCARCE_BYTES = 2_000_000_000
 
 
 def scopes(bench: Bench) -> str:
@@ -117,7 +118,8 @@ def _cold(bench: Bench, paths: Sequence[Path]) -> str:
     read, copy, plan, fuse = reading(paths), copying(bench.work, paths[0]), merged.plan, merged.fuse
     for contender in (read, copy, plan, fuse):
         contender.before = _dropping(weights(paths), contender.before)
-    in_turn([startup.plan, startup.fuse, read, copy, plan, fuse], bench.rounds)
+    with scarce_memory(SCARCE_BYTES):
+        in_turn([startup.plan, startup.fuse, read, copy, plan, fuse], bench.rounds)
     against = {
         plan.name: f"{times(plan.work, read.work)} {read.name}",
         fuse.name: f"{times(fuse.work, read.work)} {read.name}, {times(fuse.work, read.work, copy.work)} both",
