@@ -48,7 +48,7 @@ SECTIONS = {
         sections.mixture, 3, 3, "the same bytes in 6 tensors and in 375, as large as experts of a mixture"
     ),
     "cold": Section(
-        sections.cold, 3, 3, "plan and fuse of files that are not in the page cache, with 2 GB of memory left (Linux)"
+        sections.cold, 3, 3, "plan and fuse of files that are not in the page cache, most memory being held (Linux)"
     ),
     "large": Section(sections.large, 1, 15, "the same of three checkpoints of 8 GB; 43 GB of disk (Linux)"),
     "memory": Section(sections.memory, 1, 3, "what plan and fuse of one tensor of 1 GiB allocate (Linux)"),

@@ -20,7 +20,15 @@ DENSITY = 0.01
 USUAL = {"density": str(DENSITY), "tau": "0.1", "space": "weights"}  # the paper's fusion, within each tensor
 LEVELLED = {"tau": "auto", "space": "delta"}  # with these, cpimerge's defaults
 SAMPLE_SECONDS = 0.02
-HOLD = "import sys; held = bytearray(b'1') * int(sys.argv[1]); print(flush=True); sys.stdin.read()"
+# Holds memory until its standard input is closed. Where the system runs out of it, this process is the one to end.
+HOLD = """
+import sys
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")
+held = bytearray(b"1") * int(sys.argv[1])
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def nothing() -> None:
@@ -133,19 +141,24 @@ def drop_cache(files: Sequence[Path]) -> None:
 
 @contextmanager
 def scarce_memory(left: int) -> Iterator[None]:
-    """Another process holds all memory but `left` bytes, which the page cache must do with. Linux only.
+    """Another process holds all memory but `left` bytes, which everything else must do with. Linux without swap only.
 
     A virtual machine may have given its free memory back to its host, and to get it again can take longer than to
-    read from a disk. Files that are read into memory in use take what reading takes.
+    read from a disk. With little memory that is free, a page cache meets little of that.
     """
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        raise SystemExit("memory that is held would be swapped out. Turn swap off: swapoff -a")
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     held = max(0, 1024 * int(fields["MemAvailable"].split()[0]) - left)
-    command = [sys.executable, "-c", HOLD, str(held)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         if not process.stdout.readline():
-            raise SystemExit(f"{held} bytes of memory could not be held")
+            raise SystemExit(f"{held} bytes of memory cannot be held; has this container so much?")
         yield
+        if process.poll() is not None:
+            raise SystemExit("the process that held memory was ended by the system: these rounds do not count")
 
 
 def peak_anonymous(command: Sequence[str]) -> int:
