@@ -148,8 +148,7 @@ def scarce_memory(left: int) -> Iterator[None]:
     """
     if len(Path("/proc/swaps").read_text().splitlines()) > 1:
         raise SystemExit("memory that is held would be swapped out. Turn swap off: swapoff -a")
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    held = max(0, 1024 * int(fields["MemAvailable"].split()[0]) - left)
+    held = max(0, _bytes_of("MemAvailable", Path("/proc/meminfo")) - left)
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -166,17 +165,17 @@ def peak_anonymous(command: Sequence[str]) -> int:
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=OFFLINE) as process:
         while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
+            peak = max(peak, _bytes_of("RssAnon", Path(f"/proc/{process.pid}/status")))
             time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
     return peak
 
 
-def _anonymous(process: int) -> int:
-    """A process that has just ended has none."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return 1024 * int(fields.get("RssAnon", "0 kB").split()[0])
+def _bytes_of(field: str, file: Path) -> int:
+    """What a file in /proc says; 0 where it does not, as that of a process that has just ended."""
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return 1024 * int(fields.get(field, "0 kB").split()[0])
 
 
 def size_of(path: Path) -> int:
